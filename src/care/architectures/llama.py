@@ -1,0 +1,5 @@
+"""Llama 2, Llama 3.x, SmolLM2 and everything else that ships as `LlamaForCausalLM`."""
+
+from .base import Architecture
+
+LLAMA = Architecture(model_type="llama", no_bias_keys=("attention_bias", "mlp_bias"))

@@ -1,0 +1,18 @@
+"""Texts, running moments, and their storage."""
+
+from .moments import collect_moments
+from .store import Calibration, CalibrationInfo, is_calibration, load_calibration, save_calibration
+from .text import TEXTS, first_windows, load_text, sampled_windows
+
+__all__ = [
+    "TEXTS",
+    "Calibration",
+    "CalibrationInfo",
+    "collect_moments",
+    "first_windows",
+    "is_calibration",
+    "load_calibration",
+    "load_text",
+    "sampled_windows",
+    "save_calibration",
+]

@@ -1,0 +1,104 @@
+"""Calibration results on disk: one safetensors file a layer, the tokens, and a JSON that explains them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import overload
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..checkpoint import DirectoryWriter, read_json
+from ..errors import BadInput
+from ..types import LayerStats
+
+EXPLANATION = "calibration.json"
+TOKENS = "tokens.safetensors"
+
+
+@dataclass(frozen=True)
+class CalibrationInfo:
+    """Where statistics come from: enough to repeat the run and to refuse the wrong source."""
+
+    source: str
+    fingerprint: str
+    text: str
+    num_windows: int
+    window: int
+    seed: int
+    num_layers: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of every layer, and the token windows (B, T) that they were taken on."""
+
+    info: CalibrationInfo
+    layers: Sequence[LayerStats]
+    windows_BT: Tensor
+
+
+class _StoredLayers(Sequence[LayerStats]):
+    """Layers read from disk one at a time."""
+
+    def __init__(self, directory: Path, num_layers: int) -> None:
+        self._directory = directory
+        self._num_layers = num_layers
+
+    def __len__(self) -> int:
+        return self._num_layers
+
+    @overload
+    def __getitem__(self, index: int) -> LayerStats: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LayerStats]: ...
+    def __getitem__(self, index: int | slice) -> LayerStats | list[LayerStats]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < self._num_layers:
+            raise IndexError(index)
+        tensors = _load(self._directory / _layer_name(index))
+        return LayerStats(int(tensors["num_tokens"]), tensors["input_moment"], tensors["input_magnitude"])
+
+
+def _layer_name(index: int) -> str:
+    return f"layer-{index:05d}.safetensors"
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} is missing or damaged ({error}); calibrate again") from error
+
+
+def is_calibration(path: Path) -> bool:
+    """Whether a path is a directory of saved statistics."""
+    return (path / EXPLANATION).is_file()
+
+
+def save_calibration(calibration: Calibration, out_dir: Path) -> None:
+    """Write statistics; the directory appears only when it is complete."""
+    with DirectoryWriter(out_dir) as writer:
+        for index, stats in enumerate(calibration.layers):
+            tensors = {
+                "num_tokens": torch.tensor(stats.num_tokens),
+                "input_moment": stats.input_moment_DD,
+                "input_magnitude": stats.input_magnitude_D,
+            }
+            writer.write_tensors(_layer_name(index), tensors, {})
+        writer.write_tensors(TOKENS, {"windows": calibration.windows_BT}, {})
+        writer.write_json(EXPLANATION, asdict(calibration.info))
+
+
+def load_calibration(directory: Path) -> Calibration:
+    """Statistics from disk; layers are read when asked for."""
+    content = read_json(directory / EXPLANATION)
+    try:
+        info = CalibrationInfo(**content)
+    except TypeError as error:
+        raise BadInput(f"{directory / EXPLANATION} is not of this version of care; calibrate again") from error
+    return Calibration(info, _StoredLayers(directory, info.num_layers), _load(directory / TOKENS)["windows"])

@@ -1,0 +1,77 @@
+"""Texts for calibration and measuring, and how tokens are cut from them."""
+
+import gzip
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import BadInput
+
+
+@cache
+def _python_help() -> tuple[str, str]:
+    """The help topics that ship with Python, every fourth one held out."""
+    from pydoc_data.topics import topics  # noqa: PLC0415 - loads half a megabyte
+
+    names = sorted(topics)
+    held_out = [topics[name] for name in names[3::4]]
+    return "\n\n".join(topics[name] for i, name in enumerate(names) if i % 4 != 3), "\n\n".join(held_out)
+
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "python-help": lambda: _python_help()[0],
+    "python-help-heldout": lambda: _python_help()[1],
+}
+"""Texts by name. `python-help` is technical English that every Python brings along; the held-out part is disjoint."""
+
+
+def load_text(name_or_file: str) -> str:
+    """A named text, or a UTF-8 file: plain, `.jsonl` with a "text" key per row, either gzipped."""
+    if name_or_file in TEXTS:
+        return TEXTS[name_or_file]()
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise BadInput(f"no such text file: {name_or_file} (named texts: {', '.join(TEXTS)})")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read text {path}: {error}") from error
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        return _join_rows(path, content)
+    return content
+
+
+def _join_rows(path: Path, content: str) -> str:
+    try:
+        return "\n\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadInput(f'{path}: every row must be a JSON object with a "text" key') from error
+
+
+def first_windows(tokens_T: Tensor, length: int, count: int) -> Tensor:
+    """The first `count` windows of `length` tokens, one after the other: (count, length)."""
+    _require(tokens_T, length, count)
+    return tokens_T[: count * length].view(count, length)
+
+
+def sampled_windows(tokens_T: Tensor, length: int, count: int, seed: int) -> Tensor:
+    """`count` of the text's windows of `length` tokens, drawn without repetition: (count, length)."""
+    _require(tokens_T, length, count)
+    whole = len(tokens_T) // length
+    chosen = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return tokens_T[: whole * length].view(whole, length)[chosen]
+
+
+def _require(tokens_T: Tensor, length: int, count: int) -> None:
+    if length < 2 or count < 1:
+        raise BadInput(f"{count} windows of {length} tokens; need at least 1 window of 2 tokens")
+    if len(tokens_T) < length * count:
+        raise BadInput(
+            f"the text has {len(tokens_T)} tokens, {count} windows of {length} need {length * count}; "
+            "use a longer text or fewer windows"
+        )

@@ -1,0 +1,227 @@
+"""Reading tensors lazily from a checkpoint, and writing one that can never look finished when it is not."""
+
+import errno
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import BadInput
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONVERSION_NAME = "conversion.json"
+"""Provenance file of a converted checkpoint, beside its config.json."""
+
+
+class TensorReader(Protocol):
+    """Named tensors of a checkpoint, read one at a time."""
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor name, in the checkpoint's order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in the dtype it is stored in; BadInput if it holds NaN or Inf."""
+        ...
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        ...
+
+
+def check_finite(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself, or BadInput that names it when a value is NaN or Inf."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise BadInput(f"tensor {name} holds NaN or Inf; the source checkpoint is damaged, fetch it again")
+    return tensor
+
+
+class StateReader:
+    """Tensors of a model that is already in memory."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor name."""
+        return tuple(self._state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._state[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, not a copy."""
+        return check_finite(name, self._state[name].detach())
+
+    def num_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(t.numel() * t.element_size() for t in self._state.values())
+
+
+class SafetensorsReader:
+    """Tensors of a directory of safetensors shards; only headers are read until a tensor is asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._shard_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._shards = _shards(directory)
+        for shard in self._shards:
+            self._read_header(shard)
+        _check_index(directory, self._shard_of)
+
+    def _read_header(self, shard: Path) -> None:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is not iterable
+                    self._shard_of[name] = shard
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{shard} is truncated or not a safetensors file ({error}); fetch it again") from error
+
+    def names(self) -> tuple[str, ...]:
+        """Every tensor name, shard by shard."""
+        return tuple(self._shard_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the shard's header."""
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in the dtype it is stored in."""
+        with safe_open(self._shard_of[name], framework="pt") as file:
+            return check_finite(name, file.get_tensor(name))
+
+    def num_bytes(self) -> int:
+        """Bytes of all shards together."""
+        return sum(shard.stat().st_size for shard in self._shards)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; BadInput names the file when it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not a JSON object")
+    return content
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / INDEX_NAME
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise BadInput(f"{directory} lacks {missing[0]}, which {INDEX_NAME} names; fetch the missing shard")
+        return [directory / name for name in names]
+    single = directory / SINGLE_NAME
+    if single.is_file():
+        return [single]
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
+        raise BadInput(f"{directory} holds only pickled weights, which can run code; save it as safetensors first")
+    raise BadInput(f"{directory} holds no safetensors weights ({SINGLE_NAME} or {INDEX_NAME})")
+
+
+def _check_index(directory: Path, shard_of: Mapping[str, Path]) -> None:
+    index = directory / INDEX_NAME
+    if not index.exists():
+        return
+    for name, shard in read_json(index)["weight_map"].items():
+        if name not in shard_of:
+            raise BadInput(f"tensor {name} is in {INDEX_NAME} but not in {shard}; fetch that shard again")
+
+
+def check_output_free(out_dir: Path) -> None:
+    """Refuse an output directory that already holds something."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise BadInput(f"output {out_dir} is not empty; name a new directory or remove it")
+
+
+def check_space(out_dir: Path, num_bytes: int) -> None:
+    """Refuse to start when the disk cannot hold the output."""
+    parent = next(p for p in out_dir.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        raise BadInput(f"{parent} has {free / 1e9:.1f} GB free, the output needs {num_bytes / 1e9:.1f} GB")
+
+
+class DirectoryWriter:
+    """Writes into `OUT.partial` and renames it when complete; on any failure nothing is left behind."""
+
+    def __init__(self, out_dir: Path) -> None:
+        self.out_dir = out_dir
+        self.partial = out_dir.with_name(out_dir.name + ".partial")
+
+    def __enter__(self) -> Self:
+        check_output_free(self.out_dir)
+        try:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"cannot write to {self.partial.parent}: {error.strerror}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        if self.out_dir.exists():
+            self.out_dir.rmdir()
+        self.partial.rename(self.out_dir)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """One safetensors file; BadInput when the disk is full."""
+        try:
+            save_file({key: t.contiguous() for key, t in tensors.items()}, self.partial / name, dict(metadata))
+        except (SafetensorError, OSError) as error:
+            full = "No space" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+            reason = "the disk is full; free some space" if full else str(error)
+            raise BadInput(f"cannot write {self.out_dir / name}: {reason}") from error
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """One indented JSON file."""
+        try:
+            (self.partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"cannot write {self.out_dir / name}: {error.strerror}") from error
+
+
+class CheckpointWriter(DirectoryWriter):
+    """Writes a model as one shard per part, with the index last."""
+
+    def __init__(self, out_dir: Path, num_shards: int) -> None:
+        super().__init__(out_dir)
+        self._num_shards = num_shards
+        self._weight_map: dict[str, str] = {}
+        self._num_bytes = 0
+
+    def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Shard `number` (from 1) of a count that is known in advance."""
+        name = f"model-{number:05d}-of-{self._num_shards:05d}.safetensors"
+        self.write_tensors(name, tensors, {"format": "pt"})
+        self._weight_map |= dict.fromkeys(tensors, name)
+        self._num_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def finish(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Index, config and provenance: what makes the directory a checkpoint."""
+        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
+        self.write_json(INDEX_NAME, index)
+        self.write_json("config.json", config)
+        self.write_json(CONVERSION_NAME, provenance)
+

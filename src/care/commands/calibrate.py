@@ -1,0 +1,34 @@
+"""care calibrate: moments of every layer, saved for any number of conversions."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..calibration import save_calibration
+from ..checkpoint import check_output_free
+from ..conversion import CalibrationRequest, calibrate
+from ..source import open_source
+from .console import calibration_options, device_option, emit, json_option, rich_track, working
+
+
+@click.command()
+@click.argument("model", metavar="SRC")
+@click.argument("stats", type=click.Path(path_type=Path))
+@click.option("--text", default="python-help", show_default=True, help="FILE or name of a text.")
+@calibration_options
+@device_option
+@json_option
+def command(
+    model: str, stats: Path, text: str, samples: int, length: int, seed: int, device: str, json_file: str | None
+) -> None:
+    """Run SRC over a text and save its moments in the directory STATS."""
+    check_output_free(stats)
+    source = open_source(model, device)
+    with working(f"loading {model}"):
+        _ = source.model
+    result = calibrate(source, CalibrationRequest(text, samples, length, seed), track=rich_track)
+    save_calibration(result, stats)
+    info = asdict(result.info)
+    tokens = result.info.num_windows * result.info.window
+    emit(info, json_file, f"calibrated {tokens:,} tokens in {result.info.seconds:.1f} s, saved in {stats}")

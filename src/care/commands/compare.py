@@ -1,0 +1,112 @@
+"""care compare: the table of all methods at equal cache."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from ..calibration import first_windows, load_text
+from ..comparison import SOURCE, Comparison, Variant, compare
+from ..conversion import CalibrationRequest, calibrate, check_request
+from ..errors import InvalidRecipe
+from ..recipe import load_recipe, recipe_names
+from ..source import open_source
+from .console import (
+    calibration_options,
+    device_option,
+    emit,
+    json_option,
+    parse_budgets,
+    parse_list,
+    rich_track,
+    table,
+    text_options,
+    working,
+)
+from .evaluate import COLUMNS, quality_record, quality_row
+
+
+@click.command()
+@click.argument("model", metavar="SRC")
+@click.option("--recipes", default=",".join(recipe_names()), help="Comma-separated names or files; default: all.")
+@click.option("--kv-budgets", default="0.5,0.25", show_default=True, help="Comma-separated kept shares.")
+@click.option("--calibration", default="python-help", show_default=True, help="Text FILE or NAME, or saved STATS.")
+@calibration_options
+@text_options
+@device_option
+@json_option
+def command(
+    model: str,
+    recipes: str,
+    kv_budgets: str,
+    calibration: str,
+    samples: int,
+    length: int,
+    seed: int,
+    text: str,
+    window: int,
+    windows: int,
+    device: str,
+    json_file: str | None,
+) -> None:
+    """Convert SRC by several recipes at several budgets and measure all of them.
+
+    One calibration serves all; every row caches the same number of values per token.
+    """
+    chosen = [load_recipe(name) for name in parse_list(recipes, "--recipes")]
+    budgets = parse_budgets(kv_budgets)
+    source = open_source(model, device)
+    with working(f"loading {model}"):
+        windows_BT = first_windows(source.tokens(load_text(text)), window, windows)
+        _refuse_if_nothing_left(source, chosen, budgets)
+    stats = calibrate(source, CalibrationRequest(calibration, samples, length, seed), track=rich_track)
+    result = compare(source, chosen, budgets, stats, windows_BT, track=rich_track)
+    protocol = {"source": model, "text": text, "window": window, "windows": windows, "calibration": asdict(stats.info)}
+    base = quality_record(result.quality[SOURCE], result.cache[SOURCE])
+    records = {"protocol": protocol, SOURCE: base, "rows": [_record(result, v) for v in result.variants]}
+    emit(records, json_file, _table(f"{text}: {windows} windows of {window} tokens", result))
+
+
+def _refuse_if_nothing_left(source: Any, recipes: list[Any], budgets: list[float]) -> None:  # noqa: ANN401
+    """One impossible combination becomes a row that says so; if all are, that is an error."""
+    reasons = []
+    for recipe in recipes:
+        for budget in budgets:
+            try:
+                check_request(source, recipe, budget)
+            except InvalidRecipe as error:
+                reasons.append(str(error))
+    if len(reasons) == len(recipes) * len(budgets):
+        raise InvalidRecipe(reasons[0])
+
+
+def _record(result: Comparison, variant: Variant) -> dict[str, Any]:
+    recipe = variant.recipe
+    head = {"recipe": recipe.name, "paper": recipe.paper, "mode": recipe.mode, "kv_budget": variant.kv_budget}
+    if variant.plan is None:
+        return {**head, "refused": variant.refused}
+    quality = result.quality[variant.name]
+    return {
+        **head,
+        **quality_record(quality, result.cache[variant.name]),
+        "excess": quality.nll - result.quality[SOURCE].nll,
+        "mean_cache_width": variant.plan.mean_width,
+        "folding": variant.plan.folding.best if variant.plan.folding else None,
+        "conversion_seconds": variant.seconds,
+    }
+
+
+def _table(title: str, result: Comparison) -> Any:  # noqa: ANN401 - a rich table
+    columns = (*COLUMNS[:-1], "excess", "convert s")
+    base = result.quality[SOURCE]
+    rows: list[tuple[str, ...]] = [(*quality_row(SOURCE, base, result.cache[SOURCE])[:-1], "0.000", "-")]
+    for variant in result.variants:
+        if variant.refused is not None:
+            rows.append((variant.name, "refused", *[""] * (len(columns) - 2)))
+            continue
+        quality = result.quality[variant.name]
+        excess = math.log(quality.perplexity / base.perplexity)
+        row = quality_row(f"{variant.name} ({variant.recipe.mode})", quality, result.cache[variant.name])
+        rows.append((*row[:-1], f"{excess:.3f}", f"{variant.seconds:.1f}"))
+    return table(title, columns, rows)

@@ -1,0 +1,101 @@
+"""What all commands share: options, progress on stderr, results on stdout or as JSON."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import BadInput, InvalidRecipe
+
+Item = TypeVar("Item")
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+out = Console()
+err = Console(stderr=True)
+
+json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
+device_option = click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1.")
+dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Weights' type.")
+
+
+def calibration_options(function: Decorated) -> Decorated:
+    """How much calibration text to take, the same in every command."""
+    for option in (
+        click.option("--seed", default=42, show_default=True, help="Draws the calibration windows."),
+        click.option("--length", default=256, show_default=True, help="Tokens per calibration window."),
+        click.option("--samples", default=128, show_default=True, help="Calibration windows."),
+    ):
+        function = option(function)
+    return function
+
+
+def text_options(function: Decorated) -> Decorated:
+    """What to measure on, the same in every command."""
+    for option in (
+        click.option("--windows", default=24, show_default=True, help="How many windows, from the start of the text."),
+        click.option("--window", default=1024, show_default=True, help="Tokens per window."),
+        click.option("--text", default="python-help-heldout", show_default=True, help="FILE or name of a text."),
+    ):
+        function = option(function)
+    return function
+
+
+def rich_track(items: Iterable[Item], *, label: str, total: int) -> Iterable[Item]:
+    """A progress bar with elapsed and remaining time, on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
+        yield from progress.track(items, total=total, description=label)
+
+
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """A spinner for work whose length is unknown."""
+    with err.status(label):
+        yield
+
+
+def emit(result: Mapping[str, Any], json_file: str | None, *shown: object) -> None:
+    """Show a result to a person, or write it as JSON, or both when the JSON goes to a file."""
+    if json_file == "-":
+        click.echo(json.dumps(result, indent=2))
+        return
+    for part in shown:
+        out.print(part)
+    if json_file is not None:
+        try:
+            Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"cannot write {json_file}: {error.strerror}") from error
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """A plain table; the first column is left, the others right."""
+    made = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def parse_list(value: str, option: str) -> list[str]:
+    """A comma-separated option."""
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts:
+        raise InvalidRecipe(f"{option} is empty")
+    return parts
+
+
+def parse_budgets(value: str) -> list[float]:
+    """Comma-separated budgets."""
+    try:
+        return [float(part) for part in parse_list(value, "--kv-budgets")]
+    except ValueError as error:
+        raise InvalidRecipe(f"--kv-budgets {value!r} must be numbers such as 0.5,0.25") from error

@@ -1,0 +1,59 @@
+"""care convert: the main job."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..checkpoint import check_output_free
+from ..conversion import DTYPES, CalibrationRequest, calibrate, check_request, convert, plan_conversion
+from ..formats import FORMATS
+from ..recipe import load_recipe
+from ..source import open_source
+from ..types import MODES, Mode
+from .console import calibration_options, device_option, dtype_option, emit, json_option, rich_track, working
+from .profile import profile_text
+
+DEFAULT_RECIPE = "care-mla"
+
+
+@click.command()
+@click.argument("model", metavar="SRC")
+@click.argument("out_dir", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--recipe", "recipe_name", default=DEFAULT_RECIPE, show_default=True, help="Recipe name or FILE.toml.")
+@click.option("--kv-budget", default=0.5, show_default=True, help="Kept share of the source's cache, in (0, 1].")
+@click.option("--calibration", default="python-help", show_default=True, help="Text FILE or NAME, or saved STATS.")
+@calibration_options
+@click.option("--mode", type=click.Choice(MODES), help="Override the recipe's mode (the format becomes native).")
+@click.option("--format", "format_name", type=click.Choice(list(FORMATS)), help="Override the recipe's format.")
+@dtype_option
+@device_option
+@json_option
+def command(
+    model: str,
+    out_dir: Path,
+    recipe_name: str,
+    kv_budget: float,
+    calibration: str,
+    samples: int,
+    length: int,
+    seed: int,
+    mode: Mode | None,
+    format_name: str | None,
+    dtype: str | None,
+    device: str,
+    json_file: str | None,
+) -> None:
+    """Convert SRC into a latent-attention checkpoint in the directory OUT."""
+    check_output_free(out_dir)
+    recipe = load_recipe(recipe_name, mode=mode, format=format_name)
+    source = open_source(model, device)
+    wanted = DTYPES[dtype] if dtype else None
+    with working(f"loading {model}"):
+        check_request(source, recipe, kv_budget, wanted)
+    request = CalibrationRequest(calibration, samples, length, seed)
+    stats = calibrate(source, request, track=rich_track) if recipe.needs else None
+    plan = plan_conversion(source, recipe, kv_budget, stats, dtype=wanted, track=rich_track)
+    report = asdict(convert(plan, out_dir, track=rich_track))
+    summary = f"wrote {out_dir} ({recipe.format}, {recipe.mode}) in {report['seconds']:.1f} s"
+    emit(report, json_file, profile_text(report), summary)

@@ -1,0 +1,75 @@
+"""care eval: perplexity, distance to a reference, and the live cache of any model."""
+
+from typing import Any
+
+import click
+import torch
+
+from ..calibration import first_windows, load_text
+from ..conversion import DTYPES
+from ..evaluation import CacheUse, Quality, live_cache, measure
+from ..modeling.loading import load_model, load_tokenizer, locate
+from .console import device_option, dtype_option, emit, json_option, rich_track, table, text_options, working
+
+COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--against", metavar="SRC", help="Reference model: adds KL(SRC || MODEL) and top-1 agreement.")
+@text_options
+@dtype_option
+@device_option
+@json_option
+def command(
+    model: str,
+    against: str | None,
+    text: str,
+    window: int,
+    windows: int,
+    dtype: str | None,
+    device: str,
+    json_file: str | None,
+) -> None:
+    """Measure MODEL, converted or not, on a text."""
+    names = [name for name in (against, model) if name is not None]
+    locations = {name: locate(name) for name in names}
+    tokenizer = load_tokenizer(locations[names[0]])
+    encoded = tokenizer(load_text(text), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    windows_BT = first_windows(torch.tensor(encoded["input_ids"]), window, windows)
+    with working("loading " + " and ".join(names)):
+        wanted = DTYPES[dtype or "float32"]
+        models = {name: load_model(at, dtype=wanted, device=device) for name, at in locations.items()}
+    runs = {name: _logits(loaded) for name, loaded in models.items()}
+    quality = measure(runs, windows_BT, reference=against, track=rich_track)
+    cache = {name: live_cache(loaded) for name, loaded in models.items()}
+    result = {
+        "text": text, "window": window, "windows": windows,
+        "models": {name: quality_record(quality[name], cache[name]) for name in names},
+    }  # fmt: skip
+    rows = [quality_row(name, quality[name], cache[name]) for name in names]
+    emit(result, json_file, table(f"{text}: {windows} windows of {window} tokens", COLUMNS, rows))
+
+
+def _logits(model: Any) -> Any:  # noqa: ANN401 - a transformers model and its call
+    return lambda tokens: model(input_ids=tokens.to(model.device), use_cache=False).logits
+
+
+def quality_record(quality: Quality, cache: CacheUse) -> dict[str, Any]:
+    """One model's numbers as plain data."""
+    return {
+        "perplexity": quality.perplexity, "nll": quality.nll, "nll_standard_error": quality.nll_error,
+        "kl": quality.kl, "top1_agreement": quality.top1_agreement, "predictions": quality.predictions,
+        "cache_values_per_token": cache.values_per_token, "cache_bytes_per_token": cache.bytes_per_token,
+        "seconds": quality.seconds,
+    }  # fmt: skip
+
+
+def quality_row(name: str, quality: Quality, cache: CacheUse) -> tuple[str, ...]:
+    """One model's numbers for a person; the standard error is that of the perplexity."""
+    return (
+        name, f"{quality.perplexity:,.2f}", f"{quality.perplexity * quality.nll_error:,.2f}",
+        "-" if quality.kl is None else f"{quality.kl:.4f}",
+        "-" if quality.top1_agreement is None else f"{quality.top1_agreement:.1%}",
+        f"{cache.bytes_per_token:,.0f}", f"{quality.seconds:.1f}",
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""care inspect: what a model is and what conversion would save, from its config alone."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..checkpoint import CONVERSION_NAME, read_json
+from ..errors import CareError
+from ..formats import FORMATS
+from ..modeling.loading import locate
+from ..source import Source, open_source
+from ..types import Target
+from .console import emit, json_option, out, table
+from .profile import plot_profile, profile_text
+
+BUDGETS = (1.0, 0.75, 0.5, 0.25)
+LONG_CONTEXT = 32_768
+BYTES_PER_VALUE = 2
+"""Cache sizes are stated for a 16-bit cache, whatever the weights are stored in."""
+
+
+@click.command()
+@click.argument("model", metavar="SRC")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw a converted model's rank profile as PNG.")
+@json_option
+def command(model: str, plot: Path | None, json_file: str | None) -> None:
+    """Show a model's attention, its cache, and what formats can take it.
+
+    SRC is a directory, a hub id or a GGUF file; a converted model shows its conversion instead.
+    """
+    provenance = locate(model).directory / CONVERSION_NAME
+    if provenance.is_file():
+        report = read_json(provenance)
+        emit(report, json_file, _title(report), profile_text(report))
+        if plot:
+            plot_profile(report, plot)
+            out.print(f"wrote {plot}")
+        return
+    facts = describe(open_source(model))
+    rows = [(key.replace("_", " "), str(value)) for key, value in facts.items() if not isinstance(value, list)]
+    cache_rows = [
+        (f"{row['kept']:.0%}", str(row["values_per_token"]), f"{row['bytes_per_token']:,}", f"{row['gib_at_32k']:.2f}")
+        for row in facts["cache"]
+    ]
+    cache = table("KV cache, 16 bits a value", ("kept", "values/token", "bytes/token", "GiB at 32k"), cache_rows)
+    emit(facts, json_file, table(model, ("", "value"), rows), cache)
+
+
+def _title(report: dict[str, Any]) -> str:
+    recipe = report["recipe"]
+    return f"{report['source']} converted by {recipe['name']} ({recipe['paper']}), {recipe['mode']}, format {recipe['format']}"
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """Attention facts, cache sizes at some budgets, and the formats that can express an absorbed result."""
+    spec = source.spec
+    values = spec.cache_width * spec.num_layers
+    return {
+        "model_type": source.architecture.model_type,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "query_heads": spec.num_heads,
+        "key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "cache_width_per_layer": spec.cache_width,
+        "formats": ", ".join(f"{name}: {_verdict(source, name)}" for name in FORMATS),
+        "cache": [
+            {
+                "kept": budget,
+                "values_per_token": round(values * budget),
+                "bytes_per_token": round(values * budget) * BYTES_PER_VALUE,
+                "gib_at_32k": values * budget * BYTES_PER_VALUE * LONG_CONTEXT / 2**30,
+            }
+            for budget in BUDGETS
+        ],
+    }
+
+
+def _verdict(source: Source, name: str) -> str:
+    """Whether a format can hold one rope slot per source frequency, the least that recipes ask."""
+    target = Target(
+        config=source.config, spec=source.spec, mode="absorbed", slot_frequencies=source.spec.rope_frequencies,
+        deepseek_body=source.architecture.deepseek_body, dtype=torch.bfloat16,
+    )  # fmt: skip
+    try:
+        FORMATS[name].check(target)
+    except CareError as error:
+        return f"no ({error})"
+    return "yes"

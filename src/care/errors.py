@@ -1,0 +1,17 @@
+"""The exceptions that care raises; each message is one line that names the thing and the remedy."""
+
+
+class CareError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class UnsupportedModel(CareError):
+    """The source model has a part that care does not know."""
+
+
+class InvalidRecipe(CareError):
+    """A recipe, a budget or an option that cannot be carried out."""
+
+
+class BadInput(CareError):
+    """A path, a file, a tensor or a text that cannot be used."""

@@ -1,0 +1,10 @@
+"""Factorization methods, by the name that a recipe uses. See docs/add-method.md."""
+
+from .asvd import Asvd
+from .base import Factorizer, Factors, factorize, layer_spectra
+from .svd import Svd
+from .whitened import Whitened
+
+FACTORIZERS: dict[str, type[Factorizer]] = {"svd": Svd, "asvd": Asvd, "whitened": Whitened}
+
+__all__ = ["FACTORIZERS", "Asvd", "Factorizer", "Factors", "Svd", "Whitened", "factorize", "layer_spectra"]

@@ -1,0 +1,24 @@
+"""Activation-aware SVD (ASVD, arXiv 2312.05821): inputs scaled by the size of their channel."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..types import LayerStats
+
+
+@dataclass(frozen=True)
+class Asvd:
+    """Factors W S with the diagonal S = E[|x|]^exponent and undoes S: the metric is S^2."""
+
+    exponent: float = 0.5
+    joint: bool = False
+    balanced: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
+
+    def metric(self, stats: LayerStats | None) -> Tensor | None:
+        """The squared channel scales on the diagonal."""
+        if stats is None:
+            raise ValueError("asvd needs input moments")
+        return stats.input_magnitude_D.pow(2 * self.exponent).diag()

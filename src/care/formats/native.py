@@ -1,0 +1,78 @@
+"""Our own layout: the source's tensors, with latent attention of per-layer widths in either mode.
+
+q_proj and o_proj are the source's own; `q_head_map` turns each query head into its no-rope and rotary
+queries. kv_a_proj_with_mqa holds the latent's rows, then the rotary key's, as in DeepSeek's layout.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..types import LatentAttention, LayerRanks, Target
+from .base import COMPUTED_KEYS
+
+FORMAT_VERSION = 1
+MODEL_TYPE_PREFIX = "care_"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Native:
+    """Loaded by `care.register()` and transformers' Auto classes (care.modeling)."""
+
+    one_width: ClassVar[bool] = False
+
+    def check(self, target: Target) -> None:
+        """Nothing that a source architecture allows is refused."""
+
+    def config(self, target: Target, ranks: Sequence[LayerRanks]) -> dict[str, Any]:
+        """The source's config plus one `latent_attention` table of per-layer widths."""
+        source, head_dim = target.config, target.spec.head_dim
+        slots = target.mode == "absorbed"
+        return {
+            **{key: value for key, value in source.items() if key not in COMPUTED_KEYS},
+            "architectures": [native_class_name(source["model_type"])],
+            "model_type": MODEL_TYPE_PREFIX + source["model_type"],
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "latent_attention": {
+                "format_version": FORMAT_VERSION,
+                "mode": target.mode,
+                "kv_lora_rank": [r.latent_rank for r in ranks],
+                "key_rank": [r.key_rank for r in ranks],
+                "value_rank": [r.value_rank for r in ranks],
+                "qk_rope_head_dim": [r.rope_dim for r in ranks],
+                "qk_nope_head_dim": [head_dim if r.key_rank or not slots else 0 for r in ranks],
+                "v_head_dim": head_dim,
+                "rope_frequencies": [list(target.slot_frequencies) for _ in ranks],
+            },
+        }
+
+    def attention_tensors(self, latent: LatentAttention, target: Target) -> dict[str, Tensor]:
+        """Only what has rows and columns: a layer without no-rope keys has no k_b_proj."""
+        D = latent.q_HKD.shape[2]
+        tensors = {
+            "q_proj.weight": latent.q_HKD.flatten(0, 1),
+            "k_b_proj.weight": latent.k_up_GNR.flatten(0, 1),
+            "v_b_proj.weight": latent.v_up_GVR.flatten(0, 1),
+            "o_proj.weight": latent.out_DHV.reshape(D, -1),
+        }
+        down = latent.kv_down_RD
+        if latent.rope is not None:
+            tensors["q_head_map"] = torch.cat((latent.rope.q_nope_HNK, latent.rope.q_rope_HPK), dim=1)
+            down = torch.cat((down, latent.rope.k_rope_PD))
+        tensors["kv_a_proj_with_mqa.weight"] = down
+        return {name: tensor.to(target.dtype) for name, tensor in tensors.items() if tensor.numel()}
+
+    def carried_tensors(self, name: str, tensor: Tensor, target: Target) -> Mapping[str, Tensor]:
+        """Everything as it is; a tied head is left to its tie."""
+        if name == HEAD and target.config.get("tie_word_embeddings"):
+            return {}
+        return {name: tensor.to(target.dtype)}
+
+
+def native_class_name(model_type: str) -> str:
+    """The name under which care.modeling makes the class of a source model type."""
+    return "Care" + "".join(part.capitalize() for part in model_type.split("_")) + "ForCausalLM"

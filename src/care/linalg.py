@@ -1,0 +1,55 @@
+"""Low rank in the metric of the activations: pure functions on tensors, fp64 inside.
+
+The best rank-r approximation of W (M x D) under the input second moment C minimizes
+tr((W - W') C (W - W')^T). With Y = W C^(1/2) the optimum is U_r U_r^T W, where U_r are the leading left
+singular vectors of Y, so the eigenvectors of the small M x M Gram matrix W C W^T suffice: neither C^(1/2)
+nor its inverse is ever formed. (CARE's closed form, arXiv 2603.17946, gives the same product.)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Squared singular values, descending (S), and the matching orthonormal output directions (M, S)."""
+
+    energy_S: Tensor
+    basis_MS: Tensor
+
+    def tail(self, rank: int) -> float:
+        """Sum of the squared singular values that a rank leaves out."""
+        return float(self.energy_S[rank:].sum())
+
+
+def shrink(moment_DD: Tensor, alpha: float) -> Tensor:
+    """Pull a second moment towards a multiple of the identity: (1 - a) C + a mean(diag C) I."""
+    mean = moment_DD.diagonal().mean()
+    identity_DD = torch.eye(moment_DD.shape[0], dtype=moment_DD.dtype, device=moment_DD.device)
+    return (1 - alpha) * moment_DD + alpha * mean * identity_DD
+
+
+def output_moment(weight_MD: Tensor, metric_DD: Tensor | None) -> Tensor:
+    """Gram matrix W C W^T (M x M, fp64) of a map's outputs; no metric means C = I."""
+    weight_MD = weight_MD.double()
+    half_MD = weight_MD if metric_DD is None else weight_MD @ metric_DD
+    gram_MM = half_MD @ weight_MD.T
+    return (gram_MM + gram_MM.T) / 2
+
+
+def spectrum(gram_MM: Tensor, max_rank: int | None = None) -> Spectrum:
+    """Eigenvalues of an output moment, descending, with their directions.
+
+    `max_rank` cuts directions that cannot exist: a map from D inputs has at most D of them.
+    """
+    energy_S, basis_MS = torch.linalg.eigh(gram_MM)
+    energy_S, basis_MS = energy_S.flip(0).clamp(min=0), basis_MS.flip(1)
+    return Spectrum(energy_S[:max_rank], basis_MS[:, :max_rank])
+
+
+def weighted_error(weight_MD: Tensor, approximation_MD: Tensor, metric_DD: Tensor | None) -> float:
+    """tr((W - W') C (W - W')^T), measured from the matrices themselves."""
+    difference_MD = weight_MD.double() - approximation_MD.double()
+    return float(output_moment(difference_MD, metric_DD).diagonal().sum())

@@ -1,0 +1,1 @@
+"""Running converted models with transformers: attention modules, native classes, loading."""

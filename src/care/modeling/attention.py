@@ -1,0 +1,180 @@
+"""Latent attention as a torch module for transformers' decoder layers. Only latents are cached.
+
+Cache layout, one tensor per layer of shape (batch, 1, tokens, P + R): the rotated shared key, then the latent.
+Keys are read from its first P + k_rank columns and values from its last v_rank, so an absorbed decode step is
+one multi-query attention over views of the cache: nothing is rebuilt and nothing is copied.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache
+
+from ..rope import rotate_half_split, rotate_interleaved, rotation
+from ..types import LatentAttention, Mode
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Everything that fixes a layer's module besides its weights; letters as in care.types."""
+
+    mode: Mode
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    nope_dim: int
+    v_head_dim: int
+    rope_dim: int
+    kv_lora_rank: int
+    key_rank: int
+    value_rank: int
+    frequencies: tuple[float, ...]
+    scale: float
+
+    @classmethod
+    def of(cls, latent: LatentAttention, source_frequencies: tuple[float, ...]) -> Self:
+        """The shape of a converted layer."""
+        H, K, D = latent.q_HKD.shape
+        G, N, _ = latent.k_up_GNR.shape
+        rope = latent.rope
+        return cls(
+            mode=latent.mode, hidden_size=D, num_heads=H, num_kv_heads=G, head_dim=K, nope_dim=N,
+            v_head_dim=latent.v_up_GVR.shape[1], rope_dim=latent.rope_dim, kv_lora_rank=latent.kv_down_RD.shape[0],
+            key_rank=latent.k_rank, value_rank=latent.v_rank,
+            frequencies=source_frequencies if rope is None else rope.frequencies, scale=latent.scale,
+        )  # fmt: skip
+
+
+class LatentAttentionModule(nn.Module):
+    """One attention layer in either mode, with the call signature of transformers' attention modules.
+
+    Prefill expands the latent to per-head keys and values; a decode step of an absorbed layer never does.
+    """
+
+    def __init__(self, shape: LatentShape, layer_idx: int) -> None:
+        super().__init__()
+        s = shape
+        self.shape = shape
+        self.layer_idx = layer_idx
+        self.q_proj = nn.Linear(s.hidden_size, s.num_heads * s.head_dim, bias=False)
+        if s.mode == "absorbed":
+            self.q_head_map = nn.Parameter(torch.zeros(s.num_heads, s.nope_dim + s.rope_dim, s.head_dim))
+        self.kv_a_proj_with_mqa = nn.Linear(s.hidden_size, s.kv_lora_rank + s.rope_dim, bias=False)
+        if s.key_rank:
+            self.k_b_proj = nn.Linear(s.key_rank, s.num_kv_heads * s.nope_dim, bias=False)
+        self.v_b_proj = nn.Linear(s.value_rank, s.num_kv_heads * s.v_head_dim, bias=False)
+        self.o_proj = nn.Linear(s.num_heads * s.v_head_dim, s.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **_: Any,  # noqa: ANN401 - arguments for other attention classes
+    ) -> tuple[Tensor, None]:
+        """Hidden states (B, T, D) to attention output (B, T, D).
+
+        transformers 5.24 renamed `past_key_values` to `cache`; both are taken. `position_embeddings` are
+        the source's and are not used: each layer carries its own frequencies.
+        """
+        cache = past_key_values if cache is None else cache
+        positions, key_positions = self._positions(hidden_states, position_ids, cache)
+        q_BHTK = self._heads(self.q_proj(hidden_states), self.shape.num_heads)
+        entry_B1TC = self._cache_entry(hidden_states, positions)
+        if cache is not None:
+            # Everything is in one tensor; the cache's second one stays empty.
+            entry_B1TC, _empty = cache.update(entry_B1TC, entry_B1TC[..., :0], self.layer_idx)
+        if self.shape.mode == "rebuild":
+            q_BHTK = rotate_half_split(q_BHTK, *self._angles(positions, q_BHTK))
+            mixed_BHTV = self._rebuild(q_BHTK, entry_B1TC, key_positions, attention_mask)
+        else:
+            q_BHTQ = torch.einsum("hqk,bhtk->bhtq", self.q_head_map, q_BHTK)
+            q_nope, q_rope = q_BHTQ.split([self.shape.nope_dim, self.shape.rope_dim], dim=-1)
+            q_rope = rotate_interleaved(q_rope, *self._angles(positions, q_rope))
+            attend = self._absorbed if q_BHTK.shape[2] == 1 else self._expanded
+            mixed_BHTV = attend(q_nope, q_rope, entry_B1TC, attention_mask)
+        return self.o_proj(mixed_BHTV.transpose(1, 2).flatten(2)), None
+
+    def _positions(self, x_BTD: Tensor, position_ids: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Positions (B or 1, tokens) of the queries and of all keys, cached ones included.
+
+        Only rebuilt keys need the latter. A padded batch does not tell where cached tokens stood, but slots
+        of the cache are as far apart as the tokens in them, and distances are all that RoPE sees.
+        """
+        T = x_BTD.shape[1]
+        if cache is None or self.shape.mode == "absorbed":
+            own = torch.arange(T, device=x_BTD.device)[None] if position_ids is None else position_ids
+            return own, own
+        num_cached = int(cache.get_seq_length(self.layer_idx))
+        num_keys, first_key = cache.get_mask_sizes(T, self.layer_idx)
+        queries = torch.arange(num_cached, num_cached + T, device=x_BTD.device)
+        return queries[None], torch.arange(first_key, first_key + num_keys, device=x_BTD.device)[None]
+
+    def _angles(self, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B or 1, 1, T, F), computed in fp32 as transformers does."""
+        frequencies = torch.tensor(self.shape.frequencies, dtype=torch.float32, device=like.device)
+        cos, sin = rotation(positions_BT[:, None], frequencies)
+        return cos.to(like.dtype), sin.to(like.dtype)
+
+    def _heads(self, x_BTE: Tensor, num_heads: int) -> Tensor:
+        return x_BTE.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    def _cache_entry(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """What a token leaves in the cache: (B, 1, T, P + R)."""
+        latent, key = self.kv_a_proj_with_mqa(hidden_states).split([self.shape.kv_lora_rank, self.shape.rope_dim], -1)
+        if not self.shape.rope_dim:
+            return latent[:, None]
+        key = rotate_interleaved(key[:, None], *self._angles(positions, key))
+        return torch.cat((key, latent[:, None]), dim=-1)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
+        """One new token attends to the cache as it lies: heads become queries of a single key head."""
+        B, H = q_rope.shape[:2]
+        query = q_rope
+        if self.shape.key_rank:
+            k_up_GNR = self.k_b_proj.weight.view(self.shape.num_kv_heads, self.shape.nope_dim, -1)
+            q_BGAN = q_nope.reshape(B, self.shape.num_kv_heads, -1, self.shape.nope_dim)
+            q_latent = torch.einsum("bgan,gnr->bgar", q_BGAN, k_up_GNR).reshape(B, H, 1, -1)
+            query = torch.cat((q_rope, q_latent), dim=-1)
+        keys = entry_B1UC[..., : self.shape.rope_dim + self.shape.key_rank]
+        values = entry_B1UC[..., entry_B1UC.shape[-1] - self.shape.value_rank :]
+        mixed_B1HR = functional.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, attn_mask=mask, scale=self.shape.scale
+        )
+        v_up_GVR = self.v_b_proj.weight.view(self.shape.num_kv_heads, self.shape.v_head_dim, -1)
+        mixed_BGAR = mixed_B1HR.reshape(B, self.shape.num_kv_heads, -1, self.shape.value_rank)
+        return torch.einsum("bgar,gvr->bgav", mixed_BGAR, v_up_GVR).reshape(B, H, 1, -1)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
+        """Prefill: per-head no-rope keys and values, computed once for many queries."""
+        key_rope = entry_B1UC[..., : self.shape.rope_dim].expand(-1, self.shape.num_kv_heads, -1, -1)
+        if not self.shape.key_rank:
+            return self._attend(q_rope, key_rope, entry_B1UC, mask)
+        keys = torch.cat((key_rope, self._no_rope_keys(entry_B1UC)), dim=-1)
+        return self._attend(torch.cat((q_rope, q_nope), dim=-1), keys, entry_B1UC, mask)
+
+    def _rebuild(self, q_BHTK: Tensor, entry_B1UC: Tensor, key_positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Rebuild every cached key, rotate it at its position, attend as the source does."""
+        keys = self._no_rope_keys(entry_B1UC)
+        keys = rotate_half_split(keys, *self._angles(key_positions, keys))
+        return self._attend(q_BHTK, keys, entry_B1UC, mask)
+
+    def _no_rope_keys(self, entry_B1UC: Tensor) -> Tensor:
+        first = self.shape.rope_dim
+        latent = entry_B1UC[:, 0, :, first : first + self.shape.key_rank]
+        return self._heads(self.k_b_proj(latent), self.shape.num_kv_heads)
+
+    def _attend(self, query: Tensor, keys: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
+        latent = entry_B1UC[:, 0, :, entry_B1UC.shape[-1] - self.shape.value_rank :]
+        values = self._heads(self.v_b_proj(latent), self.shape.num_kv_heads)
+        return functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1,
+            scale=self.shape.scale, enable_gqa=query.shape[1] != keys.shape[1],
+        )  # fmt: skip

@@ -1,0 +1,95 @@
+"""Where a model lies, and loading it with transformers: a directory, a hub id or a GGUF file."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..checkpoint import read_json
+from ..errors import BadInput
+from .native import register
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
+"""What is fetched from a hub: never pickles, never code."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A directory, and the GGUF file in it when that is the model."""
+
+    directory: Path
+    gguf_file: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of from_pretrained."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def locate(model: str) -> Location:
+    """Find a model by path or hub id; a hub model is fetched into the hub's own cache."""
+    path = Path(model)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise BadInput(f"{model} is neither a directory nor a .gguf file")
+        return Location(path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInput(f"{model} holds no config.json; is it a model?")
+        return Location(path)
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(model):
+        raise BadInput(f"no such path: {model}")
+    try:
+        return Location(Path(snapshot_download(model, allow_patterns=list(HUB_FILES))))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{model} is neither a local path nor a model that the hub gave ({reason})") from error
+
+
+def load_config(location: Location) -> dict[str, Any]:
+    """The model's config.json, or its equivalent from a GGUF header."""
+    if location.gguf_file is None:
+        return read_json(location.directory / "config.json")
+    _check_gguf(location)
+    try:
+        config = transformers.AutoConfig.from_pretrained(location.directory, **location.arguments())
+    except (ValueError, OSError, KeyError) as error:
+        raise BadInput(f"cannot read {location.gguf_file}: {str(error).splitlines()[0]}") from error
+    return config.to_dict()
+
+
+def _check_gguf(location: Location) -> None:
+    with (location.directory / str(location.gguf_file)).open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadInput(f"{location.gguf_file} is not a GGUF file")
+
+
+def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -> Any:  # noqa: ANN401
+    """A causal language model in eval mode: a source, a deepseek output or a native one."""
+    register()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            location.directory, dtype=dtype, trust_remote_code=False, **location.arguments()
+        )
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise BadInput(f"cannot load {location.directory}: {str(error).splitlines()[0]}") from error
+    if location.gguf_file is not None:
+        # De-quantized already: a saved config must not say otherwise.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+    return model.to(device).eval()
+
+
+def load_tokenizer(location: Location) -> Any:  # noqa: ANN401
+    """The tokenizer that belongs to a model."""
+    register()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(location.directory, **location.arguments())
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise BadInput(f"no usable tokenizer in {location.directory}: {str(error).splitlines()[0]}") from error

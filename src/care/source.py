@@ -1,0 +1,107 @@
+"""A source model, opened: its facts, its tensors, and the loaded model when something must be run."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .architectures import architecture_for
+from .architectures.base import Architecture
+from .checkpoint import SafetensorsReader, StateReader, TensorReader
+from .errors import BadInput
+from .modeling.loading import Location, load_config, load_model, load_tokenizer, locate
+from .types import AttentionSpec, AttentionWeights
+
+SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+              "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+              "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE")  # fmt: skip
+"""Files of a source directory that belong to the converted model too."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert. Weights are read when asked for; the model is loaded once, in fp32 on the CPU."""
+
+    name: str
+    location: Location
+    config: dict[str, Any]
+    architecture: Architecture
+    spec: AttentionSpec
+    device: str = "cpu"
+
+    @cached_property
+    def model(self) -> Any:  # noqa: ANN401 - a transformers model
+        """The running model, fp32."""
+        return load_model(self.location, dtype=torch.float32, device=self.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:  # noqa: ANN401 - a transformers tokenizer
+        """The model's tokenizer."""
+        return load_tokenizer(self.location)
+
+    @cached_property
+    def reader(self) -> TensorReader:
+        """The checkpoint's tensors; those of a GGUF file are de-quantized by loading the model."""
+        if self.location.gguf_file is None:
+            reader: TensorReader = SafetensorsReader(self.location.directory)
+        else:
+            reader = StateReader(self.model.state_dict())
+        self.architecture.check_tensors(reader, self.spec)
+        return reader
+
+    @property
+    def attention_paths(self) -> list[str]:
+        """Module paths of the attention layers."""
+        return [self.architecture.attention.format(i=i) for i in range(self.spec.num_layers)]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the attention weights are stored in."""
+        name = next(iter(self.architecture.attention_shapes(0, self.spec)))
+        dtype = self.reader.read(name).dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise BadInput(f"tensor {name} is {dtype}; convert quantized weights to bfloat16 first")
+        return dtype
+
+    def attention(self, index: int) -> AttentionWeights:
+        """One layer's attention weights."""
+        return self.architecture.read_attention(self.reader, index, self.spec)
+
+    def tokens(self, text: str) -> torch.Tensor:
+        """A text as one sequence of token ids, without special tokens: (T,)."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+    def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, vocabulary) of the loaded model, whatever attention it has at the moment."""
+        return self.model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the attention facts and the first layer's keys: tells one source from another."""
+        digest = hashlib.sha256(json.dumps([self.spec.num_layers, self.spec.rope_frequencies]).encode())
+        digest.update(self.attention(0).k_GKD.float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def copy_side_files(self, directory: Path) -> None:
+        """Tokenizer, generation settings and licence, next to converted weights."""
+        if self.location.gguf_file is not None:
+            self.tokenizer.save_pretrained(directory)
+            self.model.generation_config.save_pretrained(directory)
+            return
+        for name in SIDE_FILES:
+            file = self.location.directory / name
+            if file.is_file():
+                (directory / name).write_bytes(file.read_bytes())
+
+
+def open_source(name: str, device: str = "cpu") -> Source:
+    """Open a directory, a hub id or a GGUF file as a source; every misfit is reported now."""
+    location = locate(name)
+    config = load_config(location)
+    architecture = architecture_for(config)
+    return Source(name, location, config, architecture, architecture.spec(config), device)

@@ -1,0 +1,232 @@
+"""The waist of the hourglass: what sources produce, what methods exchange and what formats consume.
+
+Dimension letters, used as suffixes of tensor names everywhere:
+
+    D hidden size            H query heads            G key/value heads
+    K source head dim        V value head dim         T tokens
+    P shared rotary dims     F rotary slots, P / 2    N no-rope dims of a query head
+    M key maps left for the latent after the rope split
+    R latent width           S directions of a singular spectrum
+
+A rope *slot* is one complex direction that keeps its rotation; it costs two cached values. Slot dims
+are interleaved, pair i being dims (2i, 2i + 1), as DeepSeek's checkpoints store them. Source heads keep
+the source's own order (half-split: pair m is dims m and m + K/2), so that q_proj is copied untouched.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["absorbed", "rebuild"]
+MODES: tuple[Mode, ...] = ("absorbed", "rebuild")
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The facts of a source's attention that every layer shares."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_frequencies: tuple[float, ...]
+    """Radians per position, one per rotary pair, `head_dim / 2` of them, fastest first."""
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together, which is also that of all value heads: G * K."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Values that the source caches per token and layer: 2 * G * K."""
+        return 2 * self.kv_width
+
+    @property
+    def num_pairs(self) -> int:
+        """Rotary pairs of one head."""
+        return self.head_dim // 2
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One layer of the source: projections with heads apart, biases absent.
+
+    Shapes: q_HKD, k_GKD, v_GKD map the layer input to heads; out_DHK maps heads back.
+    """
+
+    q_HKD: Tensor
+    k_GKD: Tensor
+    v_GKD: Tensor
+    out_DHK: Tensor
+    rope_frequencies: tuple[float, ...]
+    scale: float
+
+    def __post_init__(self) -> None:
+        H, K, D = self.q_HKD.shape
+        G = self.k_GKD.shape[0]
+        _check("k_GKD", self.k_GKD, (G, K, D))
+        _check("v_GKD", self.v_GKD, (G, K, D))
+        _check("out_DHK", self.out_DHK, (D, H, K))
+        if H % G:
+            raise ValueError(f"{H} query heads do not divide into {G} key/value heads")
+        if 2 * len(self.rope_frequencies) != K:
+            raise ValueError(f"{len(self.rope_frequencies)} rope frequencies for a head dim of {K}")
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What calibration keeps of one layer: running moments, never activations.
+
+    input_moment_DD is the uncentered second moment E[x x^T] of the attention input, fp64;
+    input_magnitude_D is E[|x|], fp64. Methods say which of them they need.
+    """
+
+    num_tokens: int
+    input_moment_DD: Tensor
+    input_magnitude_D: Tensor
+
+    def __post_init__(self) -> None:
+        D = self.input_magnitude_D.shape[0]
+        _check("input_moment_DD", self.input_moment_DD, (D, D))
+
+
+@dataclass(frozen=True)
+class LayerRanks:
+    """What one layer may cache: `rope_dim` rotary values plus the latent.
+
+    A separate latent has `key_rank + value_rank` values; a joint one shares all `key_rank ==
+    value_rank` of them.
+    """
+
+    rope_dim: int
+    key_rank: int
+    value_rank: int
+    joint: bool
+
+    @property
+    def latent_rank(self) -> int:
+        """Width of the cached latent (DeepSeek's kv_lora_rank)."""
+        return self.value_rank if self.joint else self.key_rank + self.value_rank
+
+    @property
+    def width(self) -> int:
+        """Values cached per token by this layer."""
+        return self.rope_dim + self.latent_rank
+
+
+@dataclass(frozen=True)
+class DecoupledRope:
+    """The part of an absorbed layer that carries position, shared by all heads.
+
+    q_rope_HPK and q_nope_HNK map a source query head to its rotary and its no-rope query;
+    k_rope_PD maps the input to the one shared rotary key; frequencies has one entry per slot.
+    """
+
+    q_rope_HPK: Tensor
+    q_nope_HNK: Tensor
+    k_rope_PD: Tensor
+    frequencies: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        H, P, K = self.q_rope_HPK.shape
+        _check("q_nope_HNK", self.q_nope_HNK, (H, self.q_nope_HNK.shape[1], K))
+        _check("k_rope_PD", self.k_rope_PD, (P, self.k_rope_PD.shape[1]))
+        if P != 2 * len(self.frequencies):
+            raise ValueError(f"{len(self.frequencies)} frequencies for {P} rotary dims")
+
+
+@dataclass(frozen=True)
+class KeySplit:
+    """A layer's keys, split into what keeps its rotation and what the latent must hold.
+
+    rest_MD maps the input to the latent's share of the keys; expand_GNM turns that back into each key
+    head's no-rope key. `rope` is None where keys are rebuilt: then the share is every key before RoPE.
+    """
+
+    rope: DecoupledRope | None
+    rest_MD: Tensor
+    expand_GNM: Tensor
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """One layer of multi-head latent attention, independent of any file format.
+
+    The latent is c = kv_down_RD @ x. Keys read its first k_up.shape[-1] values and values its last
+    v_up.shape[-1]: all of it when the latent is joint, disjoint parts when it is separate.
+    `rope` is None in rebuild mode, where the rebuilt key is rotated with the source's frequencies.
+    """
+
+    q_HKD: Tensor
+    kv_down_RD: Tensor
+    k_up_GNR: Tensor
+    v_up_GVR: Tensor
+    out_DHV: Tensor
+    scale: float
+    rope: DecoupledRope | None
+
+    def __post_init__(self) -> None:
+        H, K, D = self.q_HKD.shape
+        R = self.kv_down_RD.shape[0]
+        _check("kv_down_RD", self.kv_down_RD, (R, D))
+        _check("out_DHV", self.out_DHV, (D, H, self.v_up_GVR.shape[1]))
+        if max(self.k_rank, self.v_rank) > R or self.k_rank + self.v_rank < R:
+            raise ValueError(f"key rank {self.k_rank} and value rank {self.v_rank} do not cover a latent of {R}")
+        N = K if self.rope is None else self.rope.q_nope_HNK.shape[1]
+        _check("k_up_GNR", self.k_up_GNR, (self.v_up_GVR.shape[0], N, self.k_rank))
+
+    @property
+    def mode(self) -> Mode:
+        """Whether decode rebuilds keys ("rebuild") or attends to the latent itself ("absorbed")."""
+        return "rebuild" if self.rope is None else "absorbed"
+
+    @property
+    def k_rank(self) -> int:
+        """How many of the latent's first values keys are read from."""
+        return self.k_up_GNR.shape[-1]
+
+    @property
+    def v_rank(self) -> int:
+        """How many of the latent's last values values are read from."""
+        return self.v_up_GVR.shape[-1]
+
+    @property
+    def rope_dim(self) -> int:
+        """Rotary values cached per token; 0 in rebuild mode."""
+        return 0 if self.rope is None else self.rope.k_rope_PD.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Values cached per token by this layer."""
+        return self.rope_dim + self.kv_down_RD.shape[0]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an output format must express: the source's config and what the conversion makes of it.
+
+    `slot_frequencies` are those of an absorbed layer's rope slots, or the source's own table in rebuild
+    mode. `deepseek_body` says that all but attention is what DeepseekV3ForCausalLM computes.
+    """
+
+    config: Mapping[str, Any]
+    spec: AttentionSpec
+    mode: Mode
+    slot_frequencies: tuple[float, ...]
+    deepseek_body: bool
+    dtype: torch.dtype
+
+
+def block_identity(num_blocks: int, size: int) -> Tensor:
+    """Selectors of each block of a concatenation: shape (num_blocks, size, num_blocks * size), fp64."""
+    return torch.eye(num_blocks * size, dtype=torch.float64).view(num_blocks, size, -1)
