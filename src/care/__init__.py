@@ -8,14 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, CareError, InvalidRecipe, UnsupportedModel
+from .version import __version__
 
 if TYPE_CHECKING:
     from .conversion import CalibrationRequest, Plan, Report, calibrate, convert, plan_conversion
     from .modeling.native import register
     from .recipe import Recipe, load_recipe, recipe_names
     from .source import Source, open_source
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "CalibrationRequest": "conversion", "Plan": "conversion", "Report": "conversion", "calibrate": "conversion",

@@ -224,4 +224,3 @@ class CheckpointWriter(DirectoryWriter):
         self.write_json(INDEX_NAME, index)
         self.write_json("config.json", config)
         self.write_json(CONVERSION_NAME, provenance)
-

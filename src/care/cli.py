@@ -6,8 +6,8 @@ from importlib import import_module
 
 import click
 
-from . import __version__
 from .errors import CareError
+from .version import __version__
 
 COMMANDS = {
     "inspect": "inspect",

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from . import __version__
 from .calibration import (
     Calibration,
     CalibrationInfo,
@@ -28,6 +27,7 @@ from .recipe import Recipe
 from .rope_split import KeepAll, RoRope, whole_keys
 from .source import Source
 from .types import AttentionWeights, KeySplit, LayerRanks, LayerStats, Target
+from .version import __version__
 
 PARITY = 1.0
 """The budget at which an absorbed layer can keep every rotation and every value."""
@@ -170,13 +170,15 @@ def plan_conversion(
     target = check_request(source, recipe, kv_budget, dtype)
     recipe = _at_parity(recipe, kv_budget)
     if recipe.needs and calibration is None:
-        raise InvalidRecipe(f"recipe {recipe.name} needs calibration; give --calibration FILE, NAME or a STATS directory")
-    searched = recipe.mode == "absorbed" and isinstance(recipe.rope, RoRope) and recipe.rope.folding == "auto"
-    if not searched:
+        raise InvalidRecipe(
+            f"recipe {recipe.name} needs calibration; give --calibration FILE, NAME or a STATS directory"
+        )
+    split = recipe.rope
+    if recipe.mode == "absorbed" and isinstance(split, RoRope) and split.folding == "auto" and calibration:
+        folding = folding or choose_folding(source, split, calibration, track=track)
+        recipe = replace(recipe, rope=replace(split, folding=folding.best))
+    else:
         folding = None
-    elif calibration is not None:
-        folding = folding or choose_folding(source, recipe, calibration, track=track)
-        recipe = replace(recipe, rope=replace(recipe.rope, folding=folding.best))
     plan = Plan(source, recipe, kv_budget, target, (), calibration, folding)
     return replace(plan, ranks=_allocate(plan, track))
 

@@ -12,7 +12,6 @@ from .evaluation.quality import measure
 from .factorization import Svd, factorize
 from .modeling.native import attention_swapped, build_attention
 from .progress import Track, silent
-from .recipe import Recipe
 from .rope_split import RoRope
 from .source import Source
 from .types import LatentAttention, LayerRanks, Target
@@ -29,10 +28,8 @@ class FoldingSearch:
     best: int
 
 
-def choose_folding(source: Source, recipe: Recipe, calibration: Calibration, *, track: Track = silent) -> FoldingSearch:
+def choose_folding(source: Source, split: RoRope, calibration: Calibration, *, track: Track = silent) -> FoldingSearch:
     """Try the collapse and its doublings until the perplexity rises (TransMLA, appendix C)."""
-    split = recipe.rope
-    assert isinstance(split, RoRope)
     windows_BT = calibration.windows_BT[: max(SEARCH_TOKENS // calibration.windows_BT.shape[1], 1)]
     tried: dict[int, float] = {}
     candidates = split.candidates(source.spec.num_pairs)
@@ -53,6 +50,8 @@ def _full_rank(source: Source, split: RoRope, calibration: Calibration) -> list[
     for index in range(source.spec.num_layers):
         weights = source.attention(index)
         keys = split(weights, calibration.layers[index])
-        ranks = LayerRanks(2 * len(keys.rope.frequencies) if keys.rope else 0, len(keys.rest_MD), source.spec.kv_width, joint=False)
+        ranks = LayerRanks(
+            2 * len(keys.rope.frequencies) if keys.rope else 0, len(keys.rest_MD), source.spec.kv_width, joint=False
+        )
         latents.append(factorize(Svd(), weights, keys, None, ranks).latent)
     return latents

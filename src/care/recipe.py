@@ -74,7 +74,7 @@ def _recipe_dir() -> Any:  # noqa: ANN401 - importlib's Traversable moved betwee
     return resources.files("care") / "recipes"
 
 
-def load_recipe(name_or_file: str, *, mode: Mode | None = None, format: str | None = None) -> Recipe:  # noqa: A002
+def load_recipe(name_or_file: str, *, mode: Mode | None = None, format: str | None = None) -> Recipe:
     """A named recipe or a TOML file, with mode and format overridden where given.
 
     Raises InvalidRecipe for an unknown name, key or value, with the nearest valid one.

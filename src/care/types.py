@@ -141,7 +141,7 @@ class DecoupledRope:
         H, P, K = self.q_rope_HPK.shape
         _check("q_nope_HNK", self.q_nope_HNK, (H, self.q_nope_HNK.shape[1], K))
         _check("k_rope_PD", self.k_rope_PD, (P, self.k_rope_PD.shape[1]))
-        if P != 2 * len(self.frequencies):
+        if 2 * len(self.frequencies) != P:
             raise ValueError(f"{len(self.frequencies)} frequencies for {P} rotary dims")
 
 

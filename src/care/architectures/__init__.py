@@ -18,5 +18,7 @@ def architecture_for(config: Mapping[str, Any]) -> Architecture:
         raise BadInput("config.json has no model_type; is this a language model?")
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {known}. See docs/add-architecture.md")
+        raise UnsupportedModel(
+            f"model_type {model_type!r} is not supported; known: {known}. See docs/add-architecture.md"
+        )
     return ARCHITECTURES[model_type]

@@ -105,4 +105,3 @@ class Architecture:
             match = pattern.match(name)
             kept[int(match[1]) if match else None].append(name)
         return kept
-

@@ -1,7 +1,7 @@
 """What all commands share: options, progress on stderr, results on stdout or as JSON."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,9 @@ out = Console()
 err = Console(stderr=True)
 
 json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
-device_option = click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1.")
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1."
+)
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Weights' type.")
 
 
@@ -55,7 +57,7 @@ def rich_track(items: Iterable[Item], *, label: str, total: int) -> Iterable[Ite
 
 
 @contextmanager
-def working(label: str) -> Iterator[None]:
+def working(label: str) -> Generator[None]:
     """A spinner for work whose length is unknown."""
     with err.status(label):
         yield

@@ -17,7 +17,13 @@ from .console import device_option, dtype_option, emit, json_option, working
 @device_option
 @json_option
 def command(
-    model: str, prompt: str, max_new_tokens: int, chat: bool, dtype: str | None, device: str, json_file: str | None  # noqa: FBT001
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    chat: bool,
+    dtype: str | None,
+    device: str,
+    json_file: str | None,
 ) -> None:
     """Continue PROMPT greedily with MODEL."""
     location = locate(model)

@@ -50,7 +50,8 @@ def command(model: str, plot: Path | None, json_file: str | None) -> None:
 
 def _title(report: dict[str, Any]) -> str:
     recipe = report["recipe"]
-    return f"{report['source']} converted by {recipe['name']} ({recipe['paper']}), {recipe['mode']}, format {recipe['format']}"
+    made = f"{recipe['name']} ({recipe['paper']}), {recipe['mode']}, format {recipe['format']}"
+    return f"{report['source']} converted by {made}"
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def profile_text(report: dict[str, Any]) -> str:
     lines = [f"values cached per token, of {full} in the source ({report['kept_share']:.1%} kept)"]
     for index, layer in enumerate(report["layers"]):
         bar = "".join(fills[name] * round(size / full * BAR_WIDTH) for name, size in _parts(layer))
-        lines.append(f"{index:>3} {bar:<{BAR_WIDTH}} {layer['width']:>5}  {' + '.join(str(n) for _, n in _parts(layer) if n)}")
+        lines.append(
+            f"{index:>3} {bar:<{BAR_WIDTH}} {layer['width']:>5}  {' + '.join(str(n) for _, n in _parts(layer) if n)}"
+        )
     shown = [name for name, size in _parts(report["layers"][0]) if size]
     return "\n".join([*lines, "    " + "   ".join(f"{fills[name]} {name}" for name in shown)])
 
@@ -36,7 +38,12 @@ def plot_profile(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     widths, errors = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     base = [0] * len(layers)
-    styles = {"rope": ("0.35", ""), "key latent": ("0.85", "//"), "value latent": ("0.65", ".."), "latent": ("0.75", "//")}
+    styles = {
+        "rope": ("0.35", ""),
+        "key latent": ("0.85", "//"),
+        "value latent": ("0.65", ".."),
+        "latent": ("0.75", "//"),
+    }
     for name in dict(_parts(layers[0])):
         sizes = [dict(_parts(layer))[name] for layer in layers]
         color, hatch = styles[name]

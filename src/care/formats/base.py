@@ -7,7 +7,14 @@ from torch import Tensor
 
 from ..types import LatentAttention, LayerRanks, Target
 
-COMPUTED_KEYS = ("quantization_config", "_name_or_path", "auto_map", "architectures", "torch_dtype", "transformers_version")
+COMPUTED_KEYS = (
+    "quantization_config",
+    "_name_or_path",
+    "auto_map",
+    "architectures",
+    "torch_dtype",
+    "transformers_version",
+)
 """Source config keys that do not describe the converted model."""
 
 

@@ -56,7 +56,9 @@ class Deepseek:
         if config.get("sliding_window"):
             raise InvalidRecipe("format deepseek has no sliding window, which this source uses; use --format native")
         if config.get("hidden_act", "silu") != "silu":
-            raise InvalidRecipe(f"format deepseek needs hidden_act silu, not {config['hidden_act']}; use --format native")
+            raise InvalidRecipe(
+                f"format deepseek needs hidden_act silu, not {config['hidden_act']}; use --format native"
+            )
         if target.dtype == torch.float16:
             raise InvalidRecipe("format deepseek underflows in float16; use --dtype bfloat16 or float32")
         self._rope_base(target)
@@ -111,7 +113,7 @@ class Deepseek:
         """Queries with the scale folded in, the scaled latent, and per-head up-projections."""
         if latent.rope is None:
             raise InvalidRecipe("format deepseek cannot rebuild keys")
-        H, K, D = latent.q_HKD.shape
+        D = latent.q_HKD.shape[2]
         R, N = latent.kv_down_RD.shape[0], target.spec.head_dim
         shrink, norm_weight = latent_scale(latent.kv_down_RD)
         tensors = {
@@ -176,5 +178,3 @@ def _up_projections(latent: LatentAttention, N: int) -> Tensor:
     up[:, : latent.k_up_GNR.shape[1], : latent.k_rank] = latent.k_up_GNR
     up[:, N:, R - latent.v_rank :] = latent.v_up_GVR
     return up.repeat_interleave(H // G, 0).flatten(0, 1)
-
-

@@ -73,7 +73,7 @@ def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -
     """A causal language model in eval mode: a source, a deepseek output or a native one."""
     register()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             location.directory, dtype=dtype, trust_remote_code=False, **location.arguments()
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:

@@ -4,7 +4,7 @@ For a source `llama` this makes `CareLlamaConfig` and `CareLlamaForCausalLM`, su
 classes. Masks, caches, MLPs, generation and checkpointing are the source's; only self_attn is ours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -27,7 +27,8 @@ def layer_shapes(config: Any) -> list[LatentShape]:  # noqa: ANN401 - transforme
     table = config.latent_attention
     if table["format_version"] > FORMAT_VERSION:
         raise BadInput(
-            f"checkpoint has native format {table['format_version']}, this care reads up to {FORMAT_VERSION}; upgrade care"
+            f"the checkpoint has native format {table['format_version']}, this version reads up to {FORMAT_VERSION}; "
+            "upgrade care"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return [
@@ -54,8 +55,8 @@ def _set_attention(model: nn.Module, model_type: str, index: int, module: nn.Mod
 @cache
 def native_classes(model_type: str) -> tuple[type, type]:
     """Config and model class of the native format for a source model type."""
-    source_config = CONFIG_MAPPING[model_type]
-    source_model = MODEL_FOR_CAUSAL_LM_MAPPING[source_config]
+    source_config: Any = CONFIG_MAPPING[model_type]
+    source_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[source_config]
     name = native_class_name(model_type)
 
     def init(self: Any, config: Any) -> None:  # noqa: ANN401
@@ -99,12 +100,12 @@ def build_attention(latents: Sequence[LatentAttention], target: Target) -> list[
         with torch.device("meta"):
             module = LatentAttentionModule(LatentShape.of(latent, target.spec.rope_frequencies), index)
         module.load_state_dict(Native().attention_tensors(latent, target), assign=True)
-        modules.append(module.requires_grad_(False))
+        modules.append(module.eval())
     return modules
 
 
 @contextmanager
-def attention_swapped(model: nn.Module, model_type: str, modules: Sequence[nn.Module]) -> Iterator[None]:
+def attention_swapped(model: nn.Module, model_type: str, modules: Sequence[nn.Module]) -> Generator[None]:
     """Run a source model with other attention modules, and give it its own back."""
     own = [_set_attention(model, model_type, index, module) for index, module in enumerate(modules)]
     try:
