@@ -22,15 +22,22 @@ def _angles(frequencies: tuple[float, ...], x_TD: Tensor) -> tuple[Tensor, Tenso
     return rotation(positions_T, torch.tensor(frequencies, dtype=x_TD.dtype, device=x_TD.device))
 
 
-def source_attention(weights: AttentionWeights, x_TD: Tensor) -> Tensor:
-    """Grouped-query attention with rotary positions: (T, D) in, (T, D) out."""
+def attention_probabilities(weights: AttentionWeights, x_TD: Tensor) -> Tensor:
+    """What each query head attends to: (T, D) in, probabilities (H, T, T) out."""
     group = weights.q_HKD.shape[0] // weights.k_GKD.shape[0]
     cos, sin = _angles(weights.rope_frequencies, x_TD)
     q_HTK = rotate_half_split(torch.einsum("hkd,td->htk", weights.q_HKD, x_TD), cos, sin)
     k_GTK = rotate_half_split(torch.einsum("gkd,td->gtk", weights.k_GKD, x_TD), cos, sin)
+    scores_HTU = torch.einsum("htk,huk->htu", q_HTK, k_GTK.repeat_interleave(group, 0)) * weights.scale
+    return _causal_softmax(scores_HTU)
+
+
+def source_attention(weights: AttentionWeights, x_TD: Tensor) -> Tensor:
+    """Grouped-query attention with rotary positions: (T, D) in, (T, D) out."""
+    group = weights.q_HKD.shape[0] // weights.k_GKD.shape[0]
     v_GTK = torch.einsum("gkd,td->gtk", weights.v_GKD, x_TD)
-    scores = torch.einsum("htk,huk->htu", q_HTK, k_GTK.repeat_interleave(group, 0)) * weights.scale
-    mixed_HTK = torch.einsum("htu,huk->htk", _causal_softmax(scores), v_GTK.repeat_interleave(group, 0))
+    attention_HTU = attention_probabilities(weights, x_TD)
+    mixed_HTK = torch.einsum("htu,huk->htk", attention_HTU, v_GTK.repeat_interleave(group, 0))
     return torch.einsum("dhk,htk->td", weights.out_DHK, mixed_HTK)
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Calibration
-from .conversion import Plan, convert_layers, plan_conversion
+from .conversion import convert_layers
 from .errors import InvalidRecipe
 from .evaluation import CacheUse, Quality, live_cache, measure
 from .evaluation.quality import Logits
 from .folding import FoldingSearch
 from .modeling.native import attention_swapped, build_attention
+from .plan import Plan, plan_conversion
 from .progress import Track, silent
 from .recipe import Recipe
 from .rope_split import RopeSplit

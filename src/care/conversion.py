@@ -11,64 +11,46 @@ import torch
 from .calibration import (
     Calibration,
     CalibrationInfo,
+    collect_distances,
+    collect_gradients,
     collect_moments,
+    first_windows,
     is_calibration,
     load_calibration,
     load_text,
     sampled_windows,
 )
 from .checkpoint import CheckpointWriter, check_finite, check_output_free, check_space
-from .errors import BadInput, InvalidRecipe
-from .factorization import Factors, factorize, layer_spectra
-from .folding import FoldingSearch, choose_folding
+from .errors import BadInput
+from .factorization import Factors, factorize
 from .formats import FORMATS
+from .plan import Plan, split_keys
 from .progress import Track, silent
-from .recipe import Recipe
-from .rope_split import KeepAll, RoRope, whole_keys
 from .source import Source
-from .types import AttentionWeights, KeySplit, LayerRanks, LayerStats, Target
+from .types import LayerRanks
 from .version import __version__
-
-PARITY = 1.0
-"""The budget at which an absorbed layer can keep every rotation and every value."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+STATISTICS = frozenset({"inputs", "gradients", "distances"})
+"""Everything that calibration can collect."""
+
+
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """What to calibrate on: a text by name or file and how much of it, or a directory of saved statistics."""
+    """What to calibrate on: a text by name or file and how much of it, or a directory of saved statistics.
+
+    Attention distances are taken on `num_contexts` windows of `context` tokens from the start of the text:
+    as long as the contexts that will be served.
+    """
 
     text: str
     num_windows: int = 128
     window: int = 256
     seed: int = 42
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A conversion in which nothing is left to decide.
-
-    `recipe` has its folding chosen and, at parity, its rope split replaced; `calibration` is None for a
-    method that looks at weights only.
-    """
-
-    source: Source
-    recipe: Recipe
-    kv_budget: float
-    target: Target
-    ranks: tuple[LayerRanks, ...]
-    calibration: Calibration | None
-    folding: FoldingSearch | None
-
-    def stats(self, index: int) -> LayerStats | None:
-        """Statistics of a layer, where there are any."""
-        return None if self.calibration is None else self.calibration.layers[index]
-
-    @property
-    def mean_width(self) -> float:
-        """Values cached per token and layer, on average."""
-        return sum(r.width for r in self.ranks) / len(self.ranks)
+    context: int = 1024
+    num_contexts: int = 8
 
 
 @dataclass(frozen=True)
@@ -103,8 +85,14 @@ class Report:
     layers: list[LayerReport]
 
 
-def calibrate(source: Source, request: CalibrationRequest, *, track: Track = silent) -> Calibration:
-    """Moments of every layer on windows sampled from the text, or saved ones, checked to fit the source."""
+def calibrate(
+    source: Source,
+    request: CalibrationRequest,
+    needs: frozenset[str] = frozenset({"inputs"}),
+    *,
+    track: Track = silent,
+) -> Calibration:
+    """Statistics of every layer on windows sampled from the text, or saved ones, checked to fit the source."""
     if is_calibration(Path(request.text)):
         calibration = load_calibration(Path(request.text))
         if calibration.info.fingerprint != source.fingerprint:
@@ -113,122 +101,27 @@ def calibrate(source: Source, request: CalibrationRequest, *, track: Track = sil
     start = time.perf_counter()
     tokens_T = source.tokens(load_text(request.text))
     windows_BT = sampled_windows(tokens_T, request.window, request.num_windows, request.seed)
+    contexts_BT = first_windows(tokens_T, request.context, request.num_contexts) if "distances" in needs else None
     layers = collect_moments(source.model, source.attention_paths, windows_BT, track=track)
+    if "gradients" in needs:
+        moments = collect_gradients(source.model, source.key_value_paths, windows_BT, seed=request.seed, track=track)
+        layers = [replace(layer, gradient_moment_EE=m) for layer, m in zip(layers, moments, strict=True)]
+    if contexts_BT is not None:
+        shares = collect_distances(source.model, source.attention_paths, source.attention, contexts_BT, track=track)
+        layers = [replace(layer, attention_HT=s) for layer, s in zip(layers, shares, strict=True)]
     info = CalibrationInfo(
         source=source.name, fingerprint=source.fingerprint, text=request.text, num_windows=request.num_windows,
         window=request.window, seed=request.seed, num_layers=source.spec.num_layers,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start, context=request.context if contexts_BT is not None else 0,
     )  # fmt: skip
     return Calibration(info, layers, windows_BT)
-
-
-def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch.dtype | None = None) -> Target:
-    """Refuse, before any work, what the budget, the recipe and the format cannot do together."""
-    if not 0 < kv_budget <= 1:
-        raise InvalidRecipe(f"kv budget {kv_budget} must lie in (0, 1]: it is the kept share of the source's cache")
-    spec = source.spec
-    recipe = _at_parity(recipe, kv_budget)
-    absorbed = recipe.mode == "absorbed"
-    frequencies = recipe.rope.frequencies(spec) if absorbed else spec.rope_frequencies
-    target = Target(
-        config=source.config, spec=spec, mode=recipe.mode, slot_frequencies=frequencies,
-        deepseek_body=source.architecture.deepseek_body, dtype=dtype or source.dtype,
-    )  # fmt: skip
-    layout = FORMATS[recipe.format]
-    layout.check(target)
-    if layout.one_width and recipe.allocation.uses_spectra:
-        raise InvalidRecipe(f"format {recipe.format} stores one width for all layers; use --format native")
-    rope_dim = 2 * len(frequencies) if absorbed else 0
-    smallest = rope_dim + (1 if recipe.factorization.joint else 2)
-    if not (absorbed and kv_budget == PARITY) and int(kv_budget * spec.cache_width) < smallest:
-        raise InvalidRecipe(
-            f"kv budget {kv_budget} leaves {kv_budget * spec.cache_width:.1f} values a layer; recipe {recipe.name} "
-            f"needs at least {smallest} ({rope_dim} rotary); raise --kv-budget above {smallest / spec.cache_width:.3f}"
-        )
-    return target
-
-
-def _at_parity(recipe: Recipe, kv_budget: float) -> Recipe:
-    """At the full budget every rotary pair fits beside the whole value latent, so none is given up."""
-    return replace(recipe, rope=KeepAll()) if recipe.mode == "absorbed" and kv_budget == PARITY else recipe
-
-
-def plan_conversion(
-    source: Source,
-    recipe: Recipe,
-    kv_budget: float,
-    calibration: Calibration | None,
-    *,
-    dtype: torch.dtype | None = None,
-    folding: FoldingSearch | None = None,
-    track: Track = silent,
-) -> Plan:
-    """Decide everything: the folding (unless an earlier search is given), then each layer's ranks.
-
-    Raises InvalidRecipe, BadInput or UnsupportedModel for whatever cannot be done.
-    """
-    target = check_request(source, recipe, kv_budget, dtype)
-    recipe = _at_parity(recipe, kv_budget)
-    if recipe.needs and calibration is None:
-        raise InvalidRecipe(
-            f"recipe {recipe.name} needs calibration; give --calibration FILE, NAME or a STATS directory"
-        )
-    split = recipe.rope
-    if recipe.mode == "absorbed" and isinstance(split, RoRope) and split.folding == "auto" and calibration:
-        folding = folding or choose_folding(source, split, calibration, track=track)
-        recipe = replace(recipe, rope=replace(split, folding=folding.best))
-    else:
-        folding = None
-    plan = Plan(source, recipe, kv_budget, target, (), calibration, folding)
-    return replace(plan, ranks=_allocate(plan, track))
-
-
-def _split(plan: Plan, weights: AttentionWeights, stats: LayerStats | None) -> KeySplit:
-    return whole_keys(weights) if plan.target.mode == "rebuild" else plan.recipe.rope(weights, stats)
-
-
-def _allocate(plan: Plan, track: Track) -> tuple[LayerRanks, ...]:
-    """Spread the budget over layers; separate latents get half each, as far as they can use it."""
-    spec, joint = plan.target.spec, plan.recipe.factorization.joint
-    L, absorbed = spec.num_layers, plan.target.mode == "absorbed"
-    rope_dim = 2 * len(plan.target.slot_frequencies) if absorbed else 0
-    num_keys = spec.kv_width - rope_dim
-    budget = int(plan.kv_budget * spec.cache_width * L + 1e-6) - rope_dim * L
-    if FORMATS[plan.recipe.format].one_width:
-        budget -= budget % L
-    key_cap, value_cap = min(num_keys, spec.hidden_size), min(spec.kv_width, spec.hidden_size)
-    spectra = _spectra(plan, track) if plan.recipe.allocation.uses_spectra else [()] * L
-    if joint:
-        cap = min(num_keys + spec.kv_width, spec.hidden_size)
-        ranks = _side(plan, spectra, 0, cap, min(budget, cap * L))
-        return tuple(LayerRanks(rope_dim, r if num_keys else 0, r, joint=True) for r in ranks)
-    half = budget // 2 - (budget // 2) % L if FORMATS[plan.recipe.format].one_width else budget // 2
-    for_keys = max(min(half, key_cap * L), budget - value_cap * L)
-    key_ranks = _side(plan, spectra, 0, key_cap, min(for_keys, key_cap * L))
-    value_ranks = _side(plan, spectra, 1, value_cap, min(budget - for_keys, value_cap * L))
-    return tuple(LayerRanks(rope_dim, k, v, joint=False) for k, v in zip(key_ranks, value_ranks, strict=True))
-
-
-def _side(plan: Plan, spectra: Sequence[Sequence[torch.Tensor]], side: int, cap: int, budget: int) -> tuple[int, ...]:
-    energies = [layer[side] for layer in spectra if layer]
-    return plan.recipe.allocation(energies, [cap] * plan.target.spec.num_layers, budget)
-
-
-def _spectra(plan: Plan, track: Track) -> list[tuple[torch.Tensor, ...]]:
-    spectra = []
-    layers = range(plan.target.spec.num_layers)
-    for index in track(layers, label="reading spectra", total=len(layers)):
-        weights, stats = plan.source.attention(index), plan.stats(index)
-        sides = layer_spectra(plan.recipe.factorization, weights, _split(plan, weights, stats), stats)
-        spectra.append(tuple(side.energy_S for side in sides))
-    return spectra
 
 
 def convert_layers(plan: Plan, *, track: Track = silent) -> Iterator[Factors]:
     """The converted attention of each layer in turn, one in memory at a time."""
     for index in track(range(len(plan.ranks)), label="factorizing", total=len(plan.ranks)):
         weights, stats = plan.source.attention(index), plan.stats(index)
-        keys = _split(plan, weights, stats)
+        keys = split_keys(plan, weights, stats, plan.ranks[index].rope_dim // 2)
         yield factorize(plan.recipe.factorization, weights, keys, stats, plan.ranks[index])
 
 
@@ -240,6 +133,7 @@ def convert(plan: Plan, out_dir: Path, *, track: Track = silent) -> Report:
     layout, num_layers = FORMATS[plan.recipe.format], plan.target.spec.num_layers
     carried = source.architecture.untouched(source.reader, plan.target.spec)
     reports: list[LayerReport] = []
+    frequencies: list[tuple[float, ...]] = []
     with CheckpointWriter(out_dir, num_layers + 1) as writer:
         for index, factors in enumerate(convert_layers(plan, track=track)):
             prefix = source.architecture.attention.format(i=index)
@@ -247,10 +141,12 @@ def convert(plan: Plan, out_dir: Path, *, track: Track = silent) -> Report:
             named = {f"{prefix}.{name}": check_finite(name, tensor) for name, tensor in tensors.items()}
             writer.write_shard(index + 1, named | _carried(plan, carried[index]))
             reports.append(layer_report(plan.ranks[index], factors))
+            rope = factors.latent.rope
+            frequencies.append(plan.target.spec.rope_frequencies if rope is None else rope.frequencies)
         writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
         source.copy_side_files(writer.partial)
         report = make_report(plan, reports, time.perf_counter() - start)
-        writer.finish(layout.config(plan.target, plan.ranks), asdict(report))
+        writer.finish(layout.config(plan.target, plan.ranks, frequencies), asdict(report))
     return report
 
 

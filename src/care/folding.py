@@ -35,8 +35,7 @@ def choose_folding(source: Source, split: RoRope, calibration: Calibration, *, t
     candidates = split.candidates(source.spec.num_pairs)
     for folding in track(candidates, label="choosing the frequency folding", total=len(candidates)):
         latents = _full_rank(source, replace(split, folding=folding), calibration)
-        frequencies = split.frequencies(source.spec)
-        target = Target(source.config, source.spec, "absorbed", frequencies, deepseek_body=False, dtype=torch.float32)
+        target = Target(source.config, source.spec, "absorbed", None, deepseek_body=False, dtype=torch.float32)
         modules = build_attention(latents, target)
         with attention_swapped(source.model, source.architecture.model_type, modules):
             tried[folding] = measure({"": source.logits}, windows_BT)[""].perplexity
@@ -49,7 +48,8 @@ def _full_rank(source: Source, split: RoRope, calibration: Calibration) -> list[
     latents = []
     for index in range(source.spec.num_layers):
         weights = source.attention(index)
-        keys = split(weights, calibration.layers[index])
+        slots = split(weights, calibration.layers[index])
+        keys = slots.split(len(slots.frequencies))
         ranks = LayerRanks(
             2 * len(keys.rope.frequencies) if keys.rope else 0, len(keys.rest_MD), source.spec.kv_width, joint=False
         )

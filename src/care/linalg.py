@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RELATIVE_FLOOR = 1e-12
+"""Eigenvalues of a matrix to be inverted are at least this share of the largest."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -37,6 +40,21 @@ def output_moment(weight_MD: Tensor, metric_DD: Tensor | None) -> Tensor:
     half_MD = weight_MD if metric_DD is None else weight_MD @ metric_DD
     gram_MM = half_MD @ weight_MD.T
     return (gram_MM + gram_MM.T) / 2
+
+
+@dataclass(frozen=True)
+class Root:
+    """Symmetric square root of a positive definite matrix, and its inverse (fp64)."""
+
+    root_MM: Tensor
+    inverse_MM: Tensor
+
+
+def symmetric_root(matrix_MM: Tensor) -> Root:
+    """Square root by eigendecomposition, for real symmetric and complex Hermitian matrices, or batches of them."""
+    values_M, vectors_MM = torch.linalg.eigh(matrix_MM)
+    root_1M = torch.maximum(values_M, values_M[..., -1:] * RELATIVE_FLOOR).sqrt()[..., None, :]
+    return Root((vectors_MM * root_1M) @ vectors_MM.mH, (vectors_MM / root_1M) @ vectors_MM.mH)
 
 
 def spectrum(gram_MM: Tensor, max_rank: int | None = None) -> Spectrum:

@@ -58,6 +58,11 @@ class Source:
         """Module paths of the attention layers."""
         return [self.architecture.attention.format(i=i) for i in range(self.spec.num_layers)]
 
+    @property
+    def key_value_paths(self) -> list[tuple[str, str]]:
+        """Module paths of each layer's key and value projection."""
+        return [(f"{path}.{self.architecture.k}", f"{path}.{self.architecture.v}") for path in self.attention_paths]
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """What the attention weights are stored in."""

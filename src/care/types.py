@@ -14,8 +14,8 @@ the source's own order (half-split: pair m is dims m and m + K/2), so that q_pro
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -82,18 +82,30 @@ class AttentionWeights:
         if 2 * len(self.rope_frequencies) != K:
             raise ValueError(f"{len(self.rope_frequencies)} rope frequencies for a head dim of {K}")
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """The same weights elsewhere or in another dtype."""
+        parts = {name: getattr(self, name).to(device, dtype) for name in ("q_HKD", "k_GKD", "v_GKD", "out_DHK")}
+        return replace(self, **parts)
+
 
 @dataclass(frozen=True)
 class LayerStats:
     """What calibration keeps of one layer: running moments, never activations.
 
     input_moment_DD is the uncentered second moment E[x x^T] of the attention input, fp64;
-    input_magnitude_D is E[|x|], fp64. Methods say which of them they need.
+    input_magnitude_D is E[|x|], fp64. Methods say which of the others they need:
+
+    gradient_moment_EE ("gradients") is E[g g^T], g the gradient of the log-likelihood of labels sampled from
+    the model with respect to the outputs of all keys (before RoPE), then all values: E = 2 * G * K.
+    attention_HT ("distances") is the share of each head's attention by distance from query to key, 0 first,
+    the first token of a window left out: that token is a sink, its attention carries no position.
     """
 
     num_tokens: int
     input_moment_DD: Tensor
     input_magnitude_D: Tensor
+    gradient_moment_EE: Tensor | None = None
+    attention_HT: Tensor | None = None
 
     def __post_init__(self) -> None:
         D = self.input_magnitude_D.shape[0]
@@ -151,11 +163,13 @@ class KeySplit:
 
     rest_MD maps the input to the latent's share of the keys; expand_GNM turns that back into each key
     head's no-rope key. `rope` is None where keys are rebuilt: then the share is every key before RoPE.
+    error_EM says how an error of the share acts on the concatenated keys, as far as scores feel it.
     """
 
     rope: DecoupledRope | None
     rest_MD: Tensor
     expand_GNM: Tensor
+    error_EM: Tensor
 
 
 @dataclass(frozen=True)
@@ -215,14 +229,15 @@ class LatentAttention:
 class Target:
     """What an output format must express: the source's config and what the conversion makes of it.
 
-    `slot_frequencies` are those of an absorbed layer's rope slots, or the source's own table in rebuild
-    mode. `deepseek_body` says that all but attention is what DeepseekV3ForCausalLM computes.
+    `slot_frequencies` are those of an absorbed layer's rope slots where they are known before any weight is
+    read (None where the data choose them), or the source's own table in rebuild mode. `deepseek_body` says that
+    all but attention is what DeepseekV3ForCausalLM computes.
     """
 
     config: Mapping[str, Any]
     spec: AttentionSpec
     mode: Mode
-    slot_frequencies: tuple[float, ...]
+    slot_frequencies: tuple[float, ...] | None
     deepseek_body: bool
     dtype: torch.dtype
 

@@ -1,5 +1,7 @@
 """Texts, running moments, and their storage."""
 
+from .distances import collect_distances
+from .gradients import collect_gradients
 from .moments import collect_moments
 from .store import Calibration, CalibrationInfo, is_calibration, load_calibration, save_calibration
 from .text import TEXTS, first_windows, load_text, sampled_windows
@@ -8,6 +10,8 @@ __all__ = [
     "TEXTS",
     "Calibration",
     "CalibrationInfo",
+    "collect_distances",
+    "collect_gradients",
     "collect_moments",
     "first_windows",
     "is_calibration",

@@ -30,6 +30,8 @@ class CalibrationInfo:
     seed: int
     num_layers: int
     seconds: float
+    context: int = 0
+    """Window length on which attention distances were taken; 0 where they were not."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Calibration:
     info: CalibrationInfo
     layers: Sequence[LayerStats]
     windows_BT: Tensor
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """The statistics that methods can ask for."""
+        first = self.layers[0]
+        optional = {"gradients": first.gradient_moment_EE, "distances": first.attention_HT}
+        return frozenset({"inputs"} | {name for name, tensor in optional.items() if tensor is not None})
 
 
 class _StoredLayers(Sequence[LayerStats]):
@@ -61,7 +70,10 @@ class _StoredLayers(Sequence[LayerStats]):
         if not 0 <= index < self._num_layers:
             raise IndexError(index)
         tensors = _load(self._directory / _layer_name(index))
-        return LayerStats(int(tensors["num_tokens"]), tensors["input_moment"], tensors["input_magnitude"])
+        return LayerStats(
+            int(tensors["num_tokens"]), tensors["input_moment"], tensors["input_magnitude"],
+            tensors.get("gradient_moment"), tensors.get("attention"),
+        )  # fmt: skip
 
 
 def _layer_name(index: int) -> str:
@@ -88,7 +100,10 @@ def save_calibration(calibration: Calibration, out_dir: Path) -> None:
                 "num_tokens": torch.tensor(stats.num_tokens),
                 "input_moment": stats.input_moment_DD,
                 "input_magnitude": stats.input_magnitude_D,
+                "gradient_moment": stats.gradient_moment_EE,
+                "attention": stats.attention_HT,
             }
+            tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
             writer.write_tensors(_layer_name(index), tensors, {})
         writer.write_tensors(TOKENS, {"windows": calibration.windows_BT}, {})
         writer.write_json(EXPLANATION, asdict(calibration.info))

@@ -8,8 +8,9 @@ import click
 
 from ..calibration import first_windows, load_text
 from ..comparison import SOURCE, Comparison, Variant, compare
-from ..conversion import CalibrationRequest, calibrate, check_request
+from ..conversion import CalibrationRequest, calibrate
 from ..errors import InvalidRecipe
+from ..plan import check_request
 from ..recipe import load_recipe, recipe_names
 from ..source import open_source
 from .console import (

@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 
 from ..checkpoint import check_output_free
-from ..conversion import DTYPES, CalibrationRequest, calibrate, check_request, convert, plan_conversion
+from ..conversion import DTYPES, CalibrationRequest, calibrate, convert
 from ..formats import FORMATS
+from ..plan import check_request, plan_conversion
 from ..recipe import load_recipe
 from ..source import open_source
 from ..types import MODES, Mode
@@ -52,7 +53,7 @@ def command(
     with working(f"loading {model}"):
         check_request(source, recipe, kv_budget, wanted)
     request = CalibrationRequest(calibration, samples, length, seed)
-    stats = calibrate(source, request, track=rich_track) if recipe.needs else None
+    stats = calibrate(source, request, recipe.needs, track=rich_track) if recipe.needs else None
     plan = plan_conversion(source, recipe, kv_budget, stats, dtype=wanted, track=rich_track)
     report = asdict(convert(plan, out_dir, track=rich_track))
     summary = f"wrote {out_dir} ({recipe.format}, {recipe.mode}) in {report['seconds']:.1f} s"

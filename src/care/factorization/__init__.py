@@ -3,8 +3,9 @@
 from .asvd import Asvd
 from .base import Factorizer, Factors, factorize, layer_spectra
 from .svd import Svd
+from .two_sided import TwoSided
 from .whitened import Whitened
 
-FACTORIZERS: dict[str, type[Factorizer]] = {"svd": Svd, "asvd": Asvd, "whitened": Whitened}
+FACTORIZERS: dict[str, type[Factorizer]] = {"svd": Svd, "asvd": Asvd, "whitened": Whitened, "two-sided": TwoSided}
 
-__all__ = ["FACTORIZERS", "Asvd", "Factorizer", "Factors", "Svd", "Whitened", "factorize", "layer_spectra"]
+__all__ = ["FACTORIZERS", "Asvd", "Factorizer", "Factors", "Svd", "TwoSided", "Whitened", "factorize", "layer_spectra"]

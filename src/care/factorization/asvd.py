@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..types import LayerStats
+from .base import Targets
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,6 @@ class Asvd:
 
     exponent: float = 0.5
     joint: bool = False
-    balanced: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
 
     def metric(self, stats: LayerStats | None) -> Tensor | None:
@@ -22,3 +22,7 @@ class Asvd:
         if stats is None:
             raise ValueError("asvd needs input moments")
         return stats.input_magnitude_D.pow(2 * self.exponent).diag()
+
+    def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
+        """The identity."""
+        return None

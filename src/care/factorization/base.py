@@ -1,8 +1,8 @@
 """What a factorization method is, and the one factorization that all of them share.
 
-A method chooses the metric in which keys and values are approximated (a D x D matrix, or none for the
-weights' own), whether K and V share one latent, and how they are balanced in it. Everything else is the
-truncated eigendecomposition of linalg.
+A method chooses the metric in which keys and values are approximated: on the input side a D x D matrix, on the output
+side one over the stacked key and value outputs (either may be the identity), and whether K and V share one latent.
+Everything else is the truncated eigendecomposition of linalg.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,27 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..linalg import Spectrum, output_moment, spectrum, weighted_error
+from ..linalg import Spectrum, output_moment, spectrum, symmetric_root, weighted_error
 from ..types import AttentionWeights, KeySplit, LatentAttention, LayerRanks, LayerStats
 
 
+@dataclass(frozen=True)
+class Targets:
+    """The maps to approximate: what is left of the keys, and the values, with the input metric."""
+
+    keys_MD: Tensor
+    values_ED: Tensor
+    error_EM: Tensor
+    metric_DD: Tensor | None
+
+    @property
+    def stacked(self) -> Tensor:
+        """Keys above values: (M + E, D)."""
+        return torch.cat((self.keys_MD, self.values_ED))
+
+
 class Factorizer(Protocol):
-    """A metric on the layer's input and a way of sharing the latent."""
+    """A metric on the layer's input and output, and a way of sharing the latent."""
 
     needs: ClassVar[frozenset[str]]
 
@@ -25,19 +40,18 @@ class Factorizer(Protocol):
         """Whether keys and values share one latent."""
         ...
 
-    @property
-    def balanced(self) -> bool:
-        """Whether a joint latent first brings keys to the size of the values."""
+    def metric(self, stats: LayerStats | None) -> Tensor | None:
+        """The positive semidefinite D x D input metric in fp64; None for the identity."""
         ...
 
-    def metric(self, stats: LayerStats | None) -> Tensor | None:
-        """The positive semidefinite D x D metric in fp64; None for the identity."""
+    def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
+        """The positive definite metric over the stacked outputs, (M + E) square; None for the identity."""
         ...
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A factorized layer and how much of keys and values it leaves out, relative, in the method's metric."""
+    """A factorized layer and how much of keys and values it leaves out, relative, in the input metric."""
 
     latent: LatentAttention
     key_error: float
@@ -45,43 +59,54 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class _Targets:
-    """The maps to approximate, stacked: first the keys (divided by `balance`), then the values."""
+class _Problem:
+    """One map to approximate in one latent: outputs (M, D), input metric, and output metric."""
 
-    stacked_MD: Tensor
-    num_keys: int
-    balance: float
+    weight_MD: Tensor
     metric_DD: Tensor | None
+    output_MM: Tensor | None
+
+    def spectrum(self) -> Spectrum:
+        """Directions in the whitened outputs; a map from D inputs has at most D of them."""
+        gram_MM = output_moment(self.weight_MD, self.metric_DD)
+        if self.output_MM is not None:
+            root_MM = symmetric_root(self.output_MM).root_MM
+            gram_MM = root_MM @ gram_MM @ root_MM
+        return spectrum(gram_MM, self.weight_MD.shape[1])
+
+    def solve(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Down (R, D) and up (M, R) maps of the best approximation; ValueError if the rank cannot be had."""
+        basis_MR = self.spectrum().basis_MS[:, :rank]
+        if basis_MR.shape[1] < rank:
+            raise ValueError(f"rank {rank} asked of a map with {basis_MR.shape[1]} directions")
+        if self.output_MM is None:
+            return basis_MR.T @ self.weight_MD, basis_MR
+        root = symmetric_root(self.output_MM)
+        return basis_MR.T @ root.root_MM @ self.weight_MD, root.inverse_MM @ basis_MR
 
 
-def _targets(method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats | None) -> _Targets:
+def _targets(method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats | None) -> Targets:
     values_ED = weights.v_GKD.flatten(0, 1).double()
-    metric_DD = method.metric(stats)
-    balance = _norm_ratio(split.rest_MD, values_ED, metric_DD) if method.joint and method.balanced else 1.0
-    stacked_MD = torch.cat((split.rest_MD / balance, values_ED))
-    return _Targets(stacked_MD, split.rest_MD.shape[0], balance, metric_DD)
+    return Targets(split.rest_MD, values_ED, split.error_EM, method.metric(stats))
 
 
-def _norm_ratio(keys_MD: Tensor, values_ED: Tensor, metric_DD: Tensor | None) -> float:
-    """Mean RMS of the key directions over that of the values (TransMLA, arXiv 2502.07864, Eq. 20)."""
-    if not keys_MD.shape[0]:
-        return 1.0
-    rms = [output_moment(w, metric_DD).diagonal().clamp(min=0).sqrt().mean() for w in (keys_MD, values_ED)]
-    return float(rms[0] / rms[1])
-
-
-def _blocks(targets: _Targets, *, joint: bool) -> list[Tensor]:
-    keys, values = targets.stacked_MD[: targets.num_keys], targets.stacked_MD[targets.num_keys :]
-    return [targets.stacked_MD] if joint else [keys, values]
+def _problems(method: Factorizer, targets: Targets, stats: LayerStats | None) -> list[_Problem]:
+    """One problem for a joint latent, else one for keys and one for values."""
+    output_MM = method.output_metric(targets, stats)
+    if method.joint:
+        return [_Problem(targets.stacked, targets.metric_DD, output_MM)]
+    M = len(targets.keys_MD)
+    parts = (None, None) if output_MM is None else (output_MM[:M, :M], output_MM[M:, M:])
+    maps = (targets.keys_MD, targets.values_ED)
+    return [_Problem(w, targets.metric_DD, part) for w, part in zip(maps, parts, strict=True)]
 
 
 def layer_spectra(
     method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats | None
 ) -> tuple[Spectrum, ...]:
     """What an allocator sees: one spectrum of a joint latent, or those of keys and of values."""
-    targets = _targets(method, weights, split, stats)
-    D = targets.stacked_MD.shape[1]
-    return tuple(spectrum(output_moment(w, targets.metric_DD), D) for w in _blocks(targets, joint=method.joint))
+    problems = _problems(method, _targets(method, weights, split, stats), stats)
+    return tuple(problem.spectrum() for problem in problems)
 
 
 def factorize(
@@ -89,25 +114,24 @@ def factorize(
 ) -> Factors:
     """Replace a layer's keys and values by latents of the given ranks.
 
-    With U the leading output directions of the stacked map W, the latent is c = U^T W x and the
-    approximation U c. Raises ValueError when a rank exceeds what the map can have.
+    With T the output metric and U the leading directions of T^(1/2) W C^(1/2), the latent is
+    c = U^T T^(1/2) W x and the approximation T^(-1/2) U c.
+    Raises ValueError when a rank exceeds what the map can have.
     """
     targets = _targets(method, weights, split, stats)
     wanted = (ranks.value_rank,) if method.joint else (ranks.key_rank, ranks.value_rank)
-    down, up = [], []
-    for block_MD, rank in zip(_blocks(targets, joint=method.joint), wanted, strict=True):
-        basis_MR = spectrum(output_moment(block_MD, targets.metric_DD), rank).basis_MS
-        if basis_MR.shape[1] < rank:
-            raise ValueError(f"rank {rank} asked of a map with {basis_MR.shape[1]} directions")
-        down.append(basis_MR.T @ block_MD)
-        up.append(basis_MR)
-    M = targets.num_keys
-    key_up_MR, value_up_ER = (up[0][:M], up[0][M:]) if method.joint else (up[0], up[1])
-    key_down, value_down = (down[0], down[0]) if method.joint else (down[0], down[1])
+    problems = _problems(method, targets, stats)
+    solved = [problem.solve(rank) for problem, rank in zip(problems, wanted, strict=True)]
+    M = len(targets.keys_MD)
+    if method.joint:
+        ((down_RD, up_MR),) = solved
+        key_down, key_up, value_down, value_up = down_RD, up_MR[:M], down_RD, up_MR[M:]
+    else:
+        ((key_down, key_up), (value_down, value_up)) = solved
     return Factors(
-        latent=_assemble(weights, split, torch.cat(down), key_up_MR * targets.balance, value_up_ER),
-        key_error=_relative_error(targets.stacked_MD[:M], key_up_MR @ key_down, targets.metric_DD),
-        value_error=_relative_error(targets.stacked_MD[M:], value_up_ER @ value_down, targets.metric_DD),
+        latent=_assemble(weights, split, torch.cat([down for down, _ in solved]), key_up, value_up),
+        key_error=_relative_error(targets.keys_MD, key_up @ key_down, targets.metric_DD),
+        value_error=_relative_error(targets.values_ED, value_up @ value_down, targets.metric_DD),
     )
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..types import LayerStats
+from .base import Targets
 
 
 @dataclass(frozen=True)
@@ -15,9 +16,12 @@ class Svd:
     """Approximates the weights as they are, whatever the activations."""
 
     joint: bool = False
-    balanced: bool = False
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def metric(self, stats: LayerStats | None) -> Tensor | None:
+        """The identity."""
+        return None
+
+    def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
         """The identity."""
         return None

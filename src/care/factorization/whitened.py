@@ -7,11 +7,13 @@ tr((W - W') C (W - W')^T) is the same. They differ in the shrinkage of C.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import InvalidRecipe
-from ..linalg import shrink
+from ..linalg import output_moment, shrink
 from ..types import LayerStats
+from .base import Targets
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Whitened:
     """The metric is C^power, C shrunk by `shrinkage`.
 
     power 1 weighs errors as the activations do; power 2 is the variant of CARE's code that factors
-    C W in place of C^(1/2) W.
+    C W in place of C^(1/2) W. A `balanced` joint latent first brings keys to the size of the values.
     """
 
     shrinkage: float = 0.01
@@ -40,3 +42,19 @@ class Whitened:
             raise ValueError("whitened needs input moments")
         moment_DD = shrink(stats.input_moment_DD, self.shrinkage)
         return moment_DD if self.power == 1 else moment_DD @ moment_DD
+
+    def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
+        """The identity, or keys divided by their size relative to the values."""
+        if not (self.joint and self.balanced and len(targets.keys_MD)):
+            return None
+        ratio = _norm_ratio(targets)
+        weights = torch.ones(len(targets.stacked), dtype=torch.float64)
+        weights[: len(targets.keys_MD)] = ratio**-2
+        return weights.diag()
+
+
+def _norm_ratio(targets: Targets) -> float:
+    """Mean RMS of the key directions over that of the values (TransMLA, arXiv 2502.07864, Eq. 20)."""
+    moments = (output_moment(w, targets.metric_DD).diagonal() for w in (targets.keys_MD, targets.values_ED))
+    keys, values = (float(m.clamp(min=0).sqrt().mean()) for m in moments)
+    return keys / values

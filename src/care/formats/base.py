@@ -28,8 +28,10 @@ class Format(Protocol):
         """Raise InvalidRecipe for anything that the layout cannot express exactly."""
         ...
 
-    def config(self, target: Target, ranks: Sequence[LayerRanks]) -> dict[str, Any]:
-        """The converted model's config.json."""
+    def config(
+        self, target: Target, ranks: Sequence[LayerRanks], frequencies: Sequence[tuple[float, ...]]
+    ) -> dict[str, Any]:
+        """The converted model's config.json; ranks and rotary frequencies are per layer."""
         ...
 
     def attention_tensors(self, latent: LatentAttention, target: Target) -> dict[str, Tensor]:

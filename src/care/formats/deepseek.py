@@ -65,6 +65,8 @@ class Deepseek:
 
     def _rope_base(self, target: Target) -> float:
         """The base whose table is exactly the slots' frequencies."""
+        if target.slot_frequencies is None:
+            raise InvalidRecipe("format deepseek needs one table of rope slots for all layers; use --format native")
         frequencies = torch.tensor(target.slot_frequencies, dtype=torch.float64)
         count = len(frequencies)
         candidates = [float(rope_settings(target.config)["rope_theta"])]
@@ -78,7 +80,9 @@ class Deepseek:
             "use --format native"
         )
 
-    def config(self, target: Target, ranks: Sequence[LayerRanks]) -> dict[str, Any]:
+    def config(
+        self, target: Target, ranks: Sequence[LayerRanks], frequencies: Sequence[tuple[float, ...]]
+    ) -> dict[str, Any]:
         """A dense DeepseekV3Config that transformers, vLLM and llama.cpp read alike."""
         spec, source = target.spec, target.config
         base = self._rope_base(target)

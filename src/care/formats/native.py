@@ -28,7 +28,9 @@ class Native:
     def check(self, target: Target) -> None:
         """Nothing that a source architecture allows is refused."""
 
-    def config(self, target: Target, ranks: Sequence[LayerRanks]) -> dict[str, Any]:
+    def config(
+        self, target: Target, ranks: Sequence[LayerRanks], frequencies: Sequence[tuple[float, ...]]
+    ) -> dict[str, Any]:
         """The source's config plus one `latent_attention` table of per-layer widths."""
         source, head_dim = target.config, target.spec.head_dim
         slots = target.mode == "absorbed"
@@ -46,7 +48,7 @@ class Native:
                 "qk_rope_head_dim": [r.rope_dim for r in ranks],
                 "qk_nope_head_dim": [head_dim if r.key_rank or not slots else 0 for r in ranks],
                 "v_head_dim": head_dim,
-                "rope_frequencies": [list(target.slot_frequencies) for _ in ranks],
+                "rope_frequencies": [list(table) for table in frequencies],
             },
         }
 

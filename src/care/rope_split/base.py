@@ -1,5 +1,6 @@
 """Which key directions keep their rotation, and what is left for the latent."""
 
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -8,43 +9,73 @@ from torch import Tensor
 from ..types import AttentionSpec, AttentionWeights, DecoupledRope, KeySplit, LayerStats, block_identity
 
 
+@dataclass(frozen=True)
+class Slots:
+    """A layer's key directions as rope slots, best first: any number of them can be kept.
+
+    The columns of down_ES and up_ES are a basis of the E = G * K concatenated key dims and its dual,
+    keys = up @ (down^T @ keys), two interleaved columns per slot; `frequencies` has one entry per slot that may
+    rotate. q_nope_HNK acts on the queries of what loses its rotation, felt_E is the share of an error in each
+    key dim that no-rope scores feel. loss[n] is what is lost by keeping n slots, in the method's units; None
+    where the number of slots is fixed.
+    """
+
+    weights: AttentionWeights
+    down_ES: Tensor
+    up_ES: Tensor
+    frequencies: tuple[float, ...]
+    q_nope_HNK: Tensor | None = None
+    felt_E: Tensor | None = None
+    loss: Tensor | None = None
+
+    def split(self, num_slots: int) -> KeySplit:
+        """Keep the first slots, fastest frequency first, and leave every other direction to the latent.
+
+        Every query head of group g reads a shared direction through its own group's rows, so scores are
+        unchanged but for the rotations lost.
+        """
+        H, K, _ = self.weights.q_HKD.shape
+        G = self.weights.k_GKD.shape[0]
+        order = sorted(range(num_slots), key=lambda slot: -self.frequencies[slot])
+        kept = torch.tensor([2 * slot + part for slot in order for part in (0, 1)], dtype=torch.int64)
+        keys_ED = self.weights.k_GKD.flatten(0, 1).double()
+        rest_up_EM = self.up_ES[:, 2 * num_slots :]
+        num_nope = K if rest_up_EM.shape[1] else 0
+        q_nope_HNK = torch.eye(K, dtype=torch.float64).expand(H, -1, -1) if self.q_nope_HNK is None else self.q_nope_HNK
+        rope = DecoupledRope(
+            q_rope_HPK=self.up_ES[:, kept].view(G, K, -1).transpose(1, 2).repeat_interleave(H // G, 0),
+            q_nope_HNK=q_nope_HNK[:, :num_nope],
+            k_rope_PD=self.down_ES[:, kept].T @ keys_ED,
+            frequencies=tuple(self.frequencies[slot] for slot in order),
+        )
+        return KeySplit(
+            rope=rope,
+            rest_MD=self.down_ES[:, 2 * num_slots :].T @ keys_ED,
+            expand_GNM=rest_up_EM.view(G, K, -1)[:, :num_nope],
+            error_EM=rest_up_EM if self.felt_E is None else self.felt_E[:, None] * rest_up_EM,
+        )
+
+
 class RopeSplit(Protocol):
-    """Chooses the rope slots of an absorbed layer."""
+    """Ranks the key directions of an absorbed layer as rope slots."""
 
     needs: ClassVar[frozenset[str]]
 
-    def frequencies(self, spec: AttentionSpec) -> tuple[float, ...]:
-        """Frequencies of the slots, known before any weight is read; InvalidRecipe if impossible."""
+    def num_slots(self, spec: AttentionSpec) -> int | None:
+        """Slots of every layer; None when an allocator chooses them. InvalidRecipe if impossible."""
         ...
 
-    def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> KeySplit:
-        """Split one layer's keys."""
+    def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
+        """Frequencies of the slots, where they are known before any weight is read."""
+        ...
+
+    def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
+        """The slots of one layer."""
         ...
 
 
 def whole_keys(weights: AttentionWeights) -> KeySplit:
     """Rebuild mode: the latent holds every key as it is before RoPE."""
     G, K, _ = weights.k_GKD.shape
-    return KeySplit(rope=None, rest_MD=weights.k_GKD.flatten(0, 1).double(), expand_GNM=block_identity(G, K))
-
-
-def split_by_basis(
-    weights: AttentionWeights, slots_EP: Tensor, rest_EM: Tensor, frequencies: tuple[float, ...]
-) -> KeySplit:
-    """Split along an orthonormal basis of the E = G * K concatenated key dims.
-
-    slots_EP are the interleaved slot directions, rest_EM all others. Every query head of group g reads
-    a shared direction through its own group's rows, so scores are unchanged but for the rotations lost.
-    """
-    H, K, _ = weights.q_HKD.shape
-    G = weights.k_GKD.shape[0]
-    keys_ED = weights.k_GKD.flatten(0, 1).double()
-    q_rope_GPK = slots_EP.view(G, K, -1).transpose(1, 2)
-    num_nope = K if rest_EM.shape[1] else 0
-    rope = DecoupledRope(
-        q_rope_HPK=q_rope_GPK.repeat_interleave(H // G, 0),
-        q_nope_HNK=torch.eye(K, dtype=torch.float64)[:num_nope].expand(H, -1, -1),
-        k_rope_PD=slots_EP.T @ keys_ED,
-        frequencies=frequencies,
-    )
-    return KeySplit(rope=rope, rest_MD=rest_EM.T @ keys_ED, expand_GNM=rest_EM.view(G, K, -1)[:, :num_nope])
+    everything_EE = torch.eye(G * K, dtype=torch.float64)
+    return KeySplit(None, weights.k_GKD.flatten(0, 1).double(), block_identity(G, K), everything_EE)

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from ..rope import pair_dims
-from ..types import AttentionSpec, AttentionWeights, KeySplit, LayerStats
-from .base import split_by_basis
+from ..types import AttentionSpec, AttentionWeights, LayerStats
+from .base import Slots
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,18 @@ class KeepAll:
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    def frequencies(self, spec: AttentionSpec) -> tuple[float, ...]:
+    def num_slots(self, spec: AttentionSpec) -> int | None:
+        """All pairs of all key heads."""
+        return spec.kv_width // 2
+
+    def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
         """The source's table, once per key head."""
         return spec.rope_frequencies * spec.num_kv_heads
 
-    def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> KeySplit:
+    def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
         """Reorder half-split heads into interleaved slots; nothing is left for the latent."""
         G, K, _ = weights.k_GKD.shape
         order_K = pair_dims(torch.arange(K // 2), K)
         order_E = (torch.arange(G)[:, None] * K + order_K).flatten()
-        slots_EP = torch.eye(G * K, dtype=torch.float64)[:, order_E]
-        rest_EM = torch.zeros(G * K, 0, dtype=torch.float64)
-        return split_by_basis(weights, slots_EP, rest_EM, weights.rope_frequencies * G)
+        slots_ES = torch.eye(G * K, dtype=torch.float64)[:, order_E]
+        return Slots(weights, slots_ES, slots_ES, weights.rope_frequencies * G)

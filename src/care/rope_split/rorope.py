@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..errors import InvalidRecipe
 from ..linalg import output_moment
-from ..types import AttentionSpec, AttentionWeights, KeySplit, LayerStats
-from .base import split_by_basis
+from ..types import AttentionSpec, AttentionWeights, LayerStats
+from .base import Slots
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class RoRope:
         doublings = (collapse * 2**n for n in range(num_pairs.bit_length()))
         return tuple(f for f in doublings if num_pairs % f == 0)
 
-    def frequencies(self, spec: AttentionSpec) -> tuple[float, ...]:
+    def num_slots(self, spec: AttentionSpec) -> int | None:
+        """One per `collapse` frequencies."""
+        return spec.num_pairs // self.collapse(spec.num_pairs)
+
+    def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
         """Every collapse-th frequency of the source; folding does not change the table."""
         collapse = self.collapse(spec.num_pairs)
         if self.folding != "auto" and (spec.num_pairs % self.folding or self.folding % collapse):
@@ -52,7 +56,7 @@ class RoRope:
             )
         return spec.rope_frequencies[::collapse]
 
-    def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> KeySplit:
+    def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
         """Rotate each band to its principal components and keep the strongest as slots."""
         if self.folding == "auto" or stats is None:
             raise ValueError("folding must be chosen, and input moments given, before a layer is split")
@@ -67,7 +71,8 @@ class RoRope:
             slots.append(basis_EC[:, :kept])
             rest.append(basis_EC[:, kept:])
         frequencies = weights.rope_frequencies[::collapse]
-        return split_by_basis(weights, torch.cat(slots, 1), torch.cat(rest, 1), frequencies)
+        basis_ES = torch.cat((*slots, *rest), 1)
+        return Slots(weights, basis_ES, basis_ES, frequencies)
 
 
 def band_components(moment_EE: Tensor, num_kv_heads: int, head_dim: int, pairs: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""Two-sided weighting: low rank in the metric of the activations and of the loss.
+
+With C the input moment and F = E[g g^T], g the gradient of the log-likelihood with respect to the outputs, an error
+W - W' costs tr(F (W - W') C (W - W')^T) / 2 nats to second order when inputs and gradients are independent (the
+Kronecker-factored Fisher of K-FAC, arXiv 1503.05671). Squared singular values of F^(1/2) W C^(1/2) are then in units of
+loss, comparable across layers and between keys and values.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidRecipe
+from ..linalg import shrink
+from ..types import LayerStats
+from .base import Targets
+
+
+@dataclass(frozen=True)
+class TwoSided:
+    """Input moment on one side, gradient moment on the other, each shrunk.
+
+    Keys and values are shrunk apart, since their gradients differ in size; what no-rope scores do not feel
+    of the keys is not weighed.
+    """
+
+    shrinkage: float = 0.01
+    gradient_shrinkage: float = 0.01
+    joint: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs", "gradients"})
+
+    def __post_init__(self) -> None:
+        for name in ("shrinkage", "gradient_shrinkage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidRecipe(f"factorization.{name} is {getattr(self, name)}; it must lie in [0, 1]")
+
+    def metric(self, stats: LayerStats | None) -> Tensor | None:
+        """The shrunk input moment."""
+        if stats is None:
+            raise ValueError("two-sided needs input moments")
+        return shrink(stats.input_moment_DD, self.shrinkage)
+
+    def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
+        """The gradient moment, carried from concatenated keys to what is left of them."""
+        if stats is None or stats.gradient_moment_EE is None:
+            raise ValueError("two-sided needs gradient moments")
+        E = len(targets.values_ED)
+        moment = stats.gradient_moment_EE.clone()
+        for part in (slice(0, E), slice(E, 2 * E)):
+            moment[part, part] = shrink(moment[part, part], self.gradient_shrinkage)
+        carry = torch.block_diag(targets.error_EM, torch.eye(E, dtype=torch.float64))
+        return carry.T @ moment @ carry

@@ -1,0 +1,191 @@
+"""What a conversion will do, decided before it is done: every error that a user can cause is raised here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .allocation import Threshold
+from .calibration import Calibration
+from .errors import InvalidRecipe
+from .factorization import layer_spectra
+from .folding import FoldingSearch, choose_folding
+from .formats import FORMATS
+from .progress import Track, silent
+from .recipe import Recipe
+from .rope_split import KeepAll, RoRope, whole_keys
+from .source import Source
+from .types import AttentionWeights, KeySplit, LayerRanks, LayerStats, Target
+
+PARITY = 1.0
+"""The budget at which an absorbed layer can keep every rotation and every value."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion in which nothing is left to decide.
+
+    `recipe` has its folding chosen and, at parity, its rope split replaced; `calibration` is None for a
+    method that looks at weights only.
+    """
+
+    source: Source
+    recipe: Recipe
+    kv_budget: float
+    target: Target
+    ranks: tuple[LayerRanks, ...]
+    calibration: Calibration | None
+    folding: FoldingSearch | None
+
+    def stats(self, index: int) -> LayerStats | None:
+        """Statistics of a layer, where there are any."""
+        return None if self.calibration is None else self.calibration.layers[index]
+
+    @property
+    def mean_width(self) -> float:
+        """Values cached per token and layer, on average."""
+        return sum(r.width for r in self.ranks) / len(self.ranks)
+
+
+def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch.dtype | None = None) -> Target:
+    """Refuse, before any work, what the budget, the recipe and the format cannot do together."""
+    if not 0 < kv_budget <= 1:
+        raise InvalidRecipe(f"kv budget {kv_budget} must lie in (0, 1]: it is the kept share of the source's cache")
+    spec = source.spec
+    recipe = _at_parity(recipe, kv_budget)
+    absorbed = recipe.mode == "absorbed"
+    num_slots = recipe.rope.num_slots(spec) if absorbed else 0
+    target = Target(
+        config=source.config, spec=spec, mode=recipe.mode,
+        slot_frequencies=recipe.rope.frequencies(spec) if absorbed else spec.rope_frequencies,
+        deepseek_body=source.architecture.deepseek_body, dtype=dtype or source.dtype,
+    )  # fmt: skip
+    layout = FORMATS[recipe.format]
+    layout.check(target)
+    if layout.one_width and recipe.allocation.uses_spectra:
+        raise InvalidRecipe(f"format {recipe.format} stores one width for all layers; use --format native")
+    chooses = isinstance(recipe.allocation, Threshold)
+    if chooses and not recipe.factorization.joint:
+        raise InvalidRecipe("allocation threshold needs a joint latent; set factorization.joint = true")
+    if num_slots is None and not chooses:
+        raise InvalidRecipe("rope.dims = 0 leaves the slots to the allocator; use allocation threshold, or set dims")
+    rope_dim = 2 * (num_slots or 0)
+    smallest = rope_dim + (1 if recipe.factorization.joint else 2)
+    if not (absorbed and kv_budget == PARITY) and int(kv_budget * spec.cache_width) < smallest:
+        raise InvalidRecipe(
+            f"kv budget {kv_budget} leaves {kv_budget * spec.cache_width:.1f} values a layer; recipe {recipe.name} "
+            f"needs at least {smallest} ({rope_dim} rotary); raise --kv-budget above {smallest / spec.cache_width:.3f}"
+        )
+    return target
+
+
+def _at_parity(recipe: Recipe, kv_budget: float) -> Recipe:
+    """At the full budget every rotary pair fits beside the whole value latent, so none is given up."""
+    return replace(recipe, rope=KeepAll()) if recipe.mode == "absorbed" and kv_budget == PARITY else recipe
+
+
+def plan_conversion(
+    source: Source,
+    recipe: Recipe,
+    kv_budget: float,
+    calibration: Calibration | None,
+    *,
+    dtype: torch.dtype | None = None,
+    folding: FoldingSearch | None = None,
+    track: Track = silent,
+) -> Plan:
+    """Decide everything: the folding (unless an earlier search is given), then each layer's ranks.
+
+    Raises InvalidRecipe, BadInput or UnsupportedModel for whatever cannot be done.
+    """
+    target = check_request(source, recipe, kv_budget, dtype)
+    recipe = _at_parity(recipe, kv_budget)
+    if recipe.needs and calibration is None:
+        raise InvalidRecipe(
+            f"recipe {recipe.name} needs calibration; give --calibration FILE, NAME or a STATS directory"
+        )
+    split = recipe.rope
+    if recipe.mode == "absorbed" and isinstance(split, RoRope) and split.folding == "auto" and calibration:
+        folding = folding or choose_folding(source, split, calibration, track=track)
+        recipe = replace(recipe, rope=replace(split, folding=folding.best))
+    else:
+        folding = None
+    plan = Plan(source, recipe, kv_budget, target, (), calibration, folding)
+    return replace(plan, ranks=_allocate(plan, track))
+
+
+def split_keys(plan: Plan, weights: AttentionWeights, stats: LayerStats | None, num_slots: int) -> KeySplit:
+    """A layer's keys, split as the plan's mode and recipe say."""
+    return whole_keys(weights) if plan.target.mode == "rebuild" else plan.recipe.rope(weights, stats).split(num_slots)
+
+
+def _allocate(plan: Plan, track: Track) -> tuple[LayerRanks, ...]:
+    """Spread the budget over layers; separate latents get half each, as far as they can use it."""
+    spec, absorbed = plan.target.spec, plan.target.mode == "absorbed"
+    budget = int(plan.kv_budget * spec.cache_width * spec.num_layers + 1e-6)
+    num_slots = plan.recipe.rope.num_slots(spec) if absorbed else 0
+    if num_slots is None:
+        return _choose_slots(plan, budget, track)
+    if FORMATS[plan.recipe.format].one_width:
+        budget -= budget % spec.num_layers
+    budget -= 2 * num_slots * spec.num_layers
+    spectra = _spectra(plan, num_slots, track) if plan.recipe.allocation.uses_spectra else []
+    allocate = _joint_ranks if plan.recipe.factorization.joint else _separate_ranks
+    return allocate(plan, spectra, 2 * num_slots, budget)
+
+
+Spectra = Sequence[Sequence[torch.Tensor]]
+
+
+def _joint_ranks(plan: Plan, spectra: Spectra, rope_dim: int, budget: int) -> tuple[LayerRanks, ...]:
+    spec = plan.target.spec
+    num_keys = spec.kv_width - rope_dim
+    ranks = _side(plan, spectra, 0, min(num_keys + spec.kv_width, spec.hidden_size), budget)
+    return tuple(LayerRanks(rope_dim, r if num_keys else 0, r, joint=True) for r in ranks)
+
+
+def _separate_ranks(plan: Plan, spectra: Spectra, rope_dim: int, budget: int) -> tuple[LayerRanks, ...]:
+    spec, L = plan.target.spec, plan.target.spec.num_layers
+    key_cap, value_cap = min(spec.kv_width - rope_dim, spec.hidden_size), min(spec.kv_width, spec.hidden_size)
+    half = budget // 2
+    if FORMATS[plan.recipe.format].one_width:
+        half -= half % L
+    for_keys = min(max(half, budget - value_cap * L), key_cap * L)
+    key_ranks = _side(plan, spectra, 0, key_cap, for_keys)
+    value_ranks = _side(plan, spectra, 1, value_cap, budget - for_keys)
+    return tuple(LayerRanks(rope_dim, k, v, joint=False) for k, v in zip(key_ranks, value_ranks, strict=True))
+
+
+def _side(plan: Plan, spectra: Spectra, side: int, cap: int, budget: int) -> tuple[int, ...]:
+    """Ranks of one latent in every layer; a budget beyond the cap stays unspent."""
+    L = plan.target.spec.num_layers
+    return plan.recipe.allocation([layer[side] for layer in spectra], [cap] * L, min(budget, cap * L))
+
+
+def _spectra(plan: Plan, num_slots: int, track: Track) -> list[tuple[torch.Tensor, ...]]:
+    spectra = []
+    layers = range(plan.target.spec.num_layers)
+    for index in track(layers, label="reading spectra", total=len(layers)):
+        weights, stats = plan.source.attention(index), plan.stats(index)
+        sides = layer_spectra(plan.recipe.factorization, weights, split_keys(plan, weights, stats, num_slots), stats)
+        spectra.append(tuple(side.energy_S for side in sides))
+    return spectra
+
+
+def _choose_slots(plan: Plan, budget: int, track: Track) -> tuple[LayerRanks, ...]:
+    """Rope slots and joint ranks of all layers against one another."""
+    allocation, spec = plan.recipe.allocation, plan.target.spec
+    assert isinstance(allocation, Threshold)
+    choices: list[dict[int, tuple[float, torch.Tensor]]] = []
+    layers = range(spec.num_layers)
+    for index in track(layers, label="weighing slots", total=len(layers)):
+        weights, stats = plan.source.attention(index), plan.stats(index)
+        slots = plan.recipe.rope(weights, stats)
+        assert slots.loss is not None
+        choices.append({})
+        for n in range(0, spec.kv_width // 2 + 1, allocation.slot_step):
+            energy = layer_spectra(plan.recipe.factorization, weights, slots.split(n), stats)[0].energy_S
+            choices[-1][n] = (float(slots.loss[n]), energy)
+    chosen = allocation.choose(choices, budget)
+    num_pairs = spec.kv_width // 2
+    return tuple(LayerRanks(2 * n, rank if n < num_pairs else 0, rank, joint=True) for n, rank in chosen)
