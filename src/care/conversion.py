@@ -19,7 +19,7 @@ from .calibration import (
 )
 from .checkpoint import CheckpointWriter, check_finite, check_output_free, check_space
 from .errors import BadInput, InvalidRecipe
-from .factorization import Factors, factorize, layer_spectra
+from .factorization import Factors, Svd, factorize, layer_spectra
 from .folding import FoldingSearch, choose_folding
 from .formats import FORMATS
 from .progress import Track, silent
@@ -31,6 +31,9 @@ from .version import __version__
 
 PARITY = 1.0
 """The budget at which an absorbed layer can keep every rotation and every value."""
+
+ROUNDING = 1e-6
+"""Added before a budget is cut to whole values, so that 0.7 * 10 is 7."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -127,7 +130,7 @@ def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch
     if not 0 < kv_budget <= 1:
         raise InvalidRecipe(f"kv budget {kv_budget} must lie in (0, 1]: it is the kept share of the source's cache")
     spec = source.spec
-    recipe = _at_parity(recipe, kv_budget)
+    recipe = at_budget(recipe, kv_budget)
     absorbed = recipe.mode == "absorbed"
     frequencies = recipe.rope.frequencies(spec) if absorbed else spec.rope_frequencies
     target = Target(
@@ -148,9 +151,15 @@ def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch
     return target
 
 
-def _at_parity(recipe: Recipe, kv_budget: float) -> Recipe:
-    """At the full budget every rotary pair fits beside the whole value latent, so none is given up."""
-    return replace(recipe, rope=KeepAll()) if recipe.mode == "absorbed" and kv_budget == PARITY else recipe
+def at_budget(recipe: Recipe, kv_budget: float) -> Recipe:
+    """The recipe as it is carried out.
+
+    At the full budget every rotary pair fits beside the whole value latent, so nothing is given up. Then no
+    metric matters, hence plain SVD: parity needs no calibration.
+    """
+    if recipe.mode != "absorbed" or kv_budget != PARITY:
+        return recipe
+    return replace(recipe, rope=KeepAll(), factorization=Svd(joint=True))
 
 
 def plan_conversion(
@@ -168,7 +177,7 @@ def plan_conversion(
     Raises InvalidRecipe, BadInput or UnsupportedModel for whatever cannot be done.
     """
     target = check_request(source, recipe, kv_budget, dtype)
-    recipe = _at_parity(recipe, kv_budget)
+    recipe = at_budget(recipe, kv_budget)
     if recipe.needs and calibration is None:
         raise InvalidRecipe(
             f"recipe {recipe.name} needs calibration; give --calibration FILE, NAME or a STATS directory"
@@ -193,7 +202,7 @@ def _allocate(plan: Plan, track: Track) -> tuple[LayerRanks, ...]:
     L, absorbed = spec.num_layers, plan.target.mode == "absorbed"
     rope_dim = 2 * len(plan.target.slot_frequencies) if absorbed else 0
     num_keys = spec.kv_width - rope_dim
-    budget = int(plan.kv_budget * spec.cache_width * L + 1e-6) - rope_dim * L
+    budget = int(plan.kv_budget * spec.cache_width * L + ROUNDING) - rope_dim * L
     if FORMATS[plan.recipe.format].one_width:
         budget -= budget % L
     key_cap, value_cap = min(num_keys, spec.hidden_size), min(spec.kv_width, spec.hidden_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ..checkpoint import check_output_free
-from ..conversion import DTYPES, CalibrationRequest, calibrate, check_request, convert, plan_conversion
+from ..conversion import DTYPES, CalibrationRequest, at_budget, calibrate, check_request, convert, plan_conversion
 from ..formats import FORMATS
 from ..recipe import load_recipe
 from ..source import open_source
@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Convert SRC into a latent-attention checkpoint in the directory OUT."""
     check_output_free(out_dir)
-    recipe = load_recipe(recipe_name, mode=mode, format=format_name)
+    recipe = at_budget(load_recipe(recipe_name, mode=mode, format=format_name), kv_budget)
     source = open_source(model, device)
     wanted = DTYPES[dtype] if dtype else None
     with working(f"loading {model}"):
