@@ -62,7 +62,7 @@ def compare(
     track: Track = silent,
 ) -> Comparison:
     """Convert by every recipe at every budget and measure all of them on the same windows."""
-    foldings: dict[RopeSplit, FoldingSearch | None] = {}
+    foldings: dict[RopeSplit, FoldingSearch] = {}
     variants = [_variant(source, r, budget, calibration, foldings, track) for budget in kv_budgets for r in recipes]
     runs: dict[str, Logits] = {SOURCE: source.logits}
     cache = {SOURCE: live_cache(source.model)}
@@ -87,7 +87,7 @@ def _variant(
     recipe: Recipe,
     kv_budget: float,
     calibration: Calibration,
-    foldings: dict[RopeSplit, FoldingSearch | None],
+    foldings: dict[RopeSplit, FoldingSearch],
     track: Track,
 ) -> Variant:
     """Convert in memory; the folding of one rope split is searched once."""
@@ -98,7 +98,8 @@ def _variant(
         )
     except InvalidRecipe as error:
         return Variant(recipe, kv_budget, None, [], 0.0, str(error))
-    foldings.setdefault(recipe.rope, plan.folding)
+    if plan.folding is not None:
+        foldings[recipe.rope] = plan.folding
     latents = [factors.latent for factors in convert_layers(plan, track=track)]
     modules = [module.to(source.device) for module in build_attention(latents, plan.target)]
     return Variant(recipe, kv_budget, plan, modules, time.perf_counter() - start, None)

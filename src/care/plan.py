@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .allocation import Threshold
+from .allocation import Threshold, Uniform
 from .calibration import Calibration
 from .errors import InvalidRecipe
-from .factorization import layer_spectra
+from .factorization import Svd, layer_spectra
 from .folding import FoldingSearch, choose_folding
 from .formats import FORMATS
 from .progress import Track, silent
@@ -19,6 +19,9 @@ from .types import AttentionWeights, KeySplit, LayerRanks, LayerStats, Target
 
 PARITY = 1.0
 """The budget at which an absorbed layer can keep every rotation and every value."""
+
+ROUNDING = 1e-6
+"""Added before a budget is cut to whole values, so that 0.7 * 10 is 7."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch
     if not 0 < kv_budget <= 1:
         raise InvalidRecipe(f"kv budget {kv_budget} must lie in (0, 1]: it is the kept share of the source's cache")
     spec = source.spec
-    recipe = _at_parity(recipe, kv_budget)
+    recipe = at_budget(recipe, kv_budget)
     absorbed = recipe.mode == "absorbed"
     num_slots = recipe.rope.num_slots(spec) if absorbed else 0
     target = Target(
@@ -79,9 +82,15 @@ def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch
     return target
 
 
-def _at_parity(recipe: Recipe, kv_budget: float) -> Recipe:
-    """At the full budget every rotary pair fits beside the whole value latent, so none is given up."""
-    return replace(recipe, rope=KeepAll()) if recipe.mode == "absorbed" and kv_budget == PARITY else recipe
+def at_budget(recipe: Recipe, kv_budget: float) -> Recipe:
+    """The recipe as it is carried out.
+
+    At the full budget every rotary pair fits beside the whole value latent, so nothing is given up. Then no
+    metric matters, hence plain SVD: parity needs no calibration.
+    """
+    if recipe.mode != "absorbed" or kv_budget != PARITY:
+        return recipe
+    return replace(recipe, rope=KeepAll(), factorization=Svd(joint=True), allocation=Uniform())
 
 
 def plan_conversion(
@@ -99,7 +108,7 @@ def plan_conversion(
     Raises InvalidRecipe, BadInput or UnsupportedModel for whatever cannot be done.
     """
     target = check_request(source, recipe, kv_budget, dtype)
-    recipe = _at_parity(recipe, kv_budget)
+    recipe = at_budget(recipe, kv_budget)
     if recipe.needs and calibration is None:
         raise InvalidRecipe(
             f"recipe {recipe.name} needs calibration; give --calibration FILE, NAME or a STATS directory"
@@ -122,7 +131,7 @@ def split_keys(plan: Plan, weights: AttentionWeights, stats: LayerStats | None, 
 def _allocate(plan: Plan, track: Track) -> tuple[LayerRanks, ...]:
     """Spread the budget over layers; separate latents get half each, as far as they can use it."""
     spec, absorbed = plan.target.spec, plan.target.mode == "absorbed"
-    budget = int(plan.kv_budget * spec.cache_width * spec.num_layers + 1e-6)
+    budget = int(plan.kv_budget * spec.cache_width * spec.num_layers + ROUNDING)
     num_slots = plan.recipe.rope.num_slots(spec) if absorbed else 0
     if num_slots is None:
         return _choose_slots(plan, budget, track)

@@ -138,7 +138,10 @@ def _part(registry: Mapping[str, type[Part]], table: object, section: str) -> Pa
     kind = registry[method]
     defaults = {f.name: f.default for f in fields(cast("Any", kind))}
     _refuse_unknown(options, ["method", *defaults], f"{section}.")
+    may_be_auto = {f.name for f in fields(cast("Any", kind)) if "auto" in str(f.type)}
     for key, value in options.items():
+        if value == "auto" and key in may_be_auto:
+            continue
         _check_type(f"{section}.{key}", value, defaults[key])
     return kind(**options)
 
@@ -146,5 +149,5 @@ def _part(registry: Mapping[str, type[Part]], table: object, section: str) -> Pa
 def _check_type(key: str, value: object, default: object) -> None:
     allowed = (int, float) if isinstance(default, float) else type(default)
     wrong_bool = isinstance(value, bool) != isinstance(default, bool)
-    if value != "auto" and (wrong_bool or not isinstance(value, allowed)):
+    if wrong_bool or not isinstance(value, allowed):
         raise InvalidRecipe(f"recipe key {key} is {value!r}; expected something like {default!r}")

@@ -16,6 +16,6 @@ class Allocator(Protocol):
 
         spectra are squared singular values, descending, one tensor per layer (ignored, and possibly
         empty, when `uses_spectra` is false); caps are the largest ranks possible. The caller ensures
-        0 <= budget <= sum(caps).
+        len(caps) <= budget <= sum(caps), or a budget of 0 with caps of 0, so that no layer needs rank 0.
         """
         ...

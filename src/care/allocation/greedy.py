@@ -28,9 +28,9 @@ class Greedy:
             raise InvalidRecipe(f"allocation floor {self.floor} and ceiling {self.ceiling} must enclose 1")
 
     def __call__(self, spectra: Sequence[Tensor], caps: Sequence[int], budget: int) -> tuple[int, ...]:
-        """Ranks that spend the budget exactly; the ceiling yields when all layers have reached it."""
+        """Ranks of at least 1 that spend the budget exactly; the ceiling yields when all layers have reached it."""
         mean = budget / len(caps)
-        ranks = [min(int(self.floor * mean), cap) for cap in caps]
+        ranks = [min(max(int(self.floor * mean), 1), cap) for cap in caps]
         soft_caps = [min(max(int(self.ceiling * mean), 1), cap) for cap in caps]
         budget -= sum(ranks)
         for limits in (soft_caps, list(caps)):

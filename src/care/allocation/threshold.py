@@ -49,7 +49,7 @@ def _cheapest(layer: Mapping[int, tuple[float, Tensor]], price: float) -> tuple[
     """The (slots, rank) of a layer with the least loss plus price times width."""
     best: tuple[float, int, int] | None = None
     for slots, (dropped, energy_S) in layer.items():
-        rank = int((energy_S > price).sum())
+        rank = max(int((energy_S > price).sum()), 1)
         cost = dropped + float(energy_S[rank:].sum()) + price * (2 * slots + rank)
         if best is None or cost < best[0]:
             best = (cost, slots, rank)

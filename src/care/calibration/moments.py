@@ -15,7 +15,7 @@ BATCH_TOKENS = 2048
 
 
 class MomentAccumulator:
-    """Sums of x x^T and |x| over tokens: products in the model's dtype or fp32, sums in fp64."""
+    """Sums of x x^T and |x| over tokens: products in fp32, sums in fp64."""
 
     def __init__(self, hidden_size: int) -> None:
         self.num_tokens = 0

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..conversion import CalibrationRequest
 from ..errors import BadInput, InvalidRecipe
 
 Item = TypeVar("Item")
@@ -31,10 +32,11 @@ dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16",
 
 def calibration_options(function: Decorated) -> Decorated:
     """How much calibration text to take, the same in every command."""
+    request = CalibrationRequest
     for option in (
-        click.option("--seed", default=42, show_default=True, help="Draws the calibration windows."),
-        click.option("--length", default=256, show_default=True, help="Tokens per calibration window."),
-        click.option("--samples", default=128, show_default=True, help="Calibration windows."),
+        click.option("--seed", default=request.seed, show_default=True, help="Draws the calibration windows."),
+        click.option("--length", default=request.window, show_default=True, help="Tokens per calibration window."),
+        click.option("--samples", default=request.num_windows, show_default=True, help="Calibration windows."),
     ):
         function = option(function)
     return function

@@ -8,7 +8,7 @@ import click
 from ..checkpoint import check_output_free
 from ..conversion import DTYPES, CalibrationRequest, calibrate, convert
 from ..formats import FORMATS
-from ..plan import check_request, plan_conversion
+from ..plan import at_budget, check_request, plan_conversion
 from ..recipe import load_recipe
 from ..source import open_source
 from ..types import MODES, Mode
@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """Convert SRC into a latent-attention checkpoint in the directory OUT."""
     check_output_free(out_dir)
-    recipe = load_recipe(recipe_name, mode=mode, format=format_name)
+    recipe = at_budget(load_recipe(recipe_name, mode=mode, format=format_name), kv_budget)
     source = open_source(model, device)
     wanted = DTYPES[dtype] if dtype else None
     with working(f"loading {model}"):

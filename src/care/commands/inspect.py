@@ -7,7 +7,7 @@ import click
 import torch
 
 from ..checkpoint import CONVERSION_NAME, read_json
-from ..errors import CareError
+from ..errors import BadInput, CareError
 from ..formats import FORMATS
 from ..modeling.loading import locate
 from ..source import Source, open_source
@@ -38,6 +38,8 @@ def command(model: str, plot: Path | None, json_file: str | None) -> None:
             plot_profile(report, plot)
             out.print(f"wrote {plot}")
         return
+    if plot:
+        raise BadInput(f"{model} is not a converted model; --plot draws what conversion made of each layer")
     facts = describe(open_source(model))
     rows = [(key.replace("_", " "), str(value)) for key, value in facts.items() if not isinstance(value, list)]
     cache_rows = [

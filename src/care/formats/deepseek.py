@@ -9,6 +9,7 @@ Three things of the source have no key in that layout and are folded into weight
   eps gets there exactly by scaling the residual stream: norm(a x; a^2 eps) = norm(x; eps).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,6 +32,9 @@ INPUT_MEAN_SQUARE = 1e4
 
 TABLE_TOLERANCE = 1e-6
 """Relative difference at which a frequency counts as the table's own: fp32 rounding of the two formulas."""
+
+SAME_EPS = 1e-3
+"""Relative difference at which a source's eps counts as 1e-6 already: GGUF files store it in fp32."""
 
 EMBEDDING, HEAD, DOWN = "model.embed_tokens.weight", "lm_head.weight", "mlp.down_proj.weight"
 
@@ -144,18 +148,20 @@ class Deepseek:
 def residual_scale(target: Target) -> float:
     """The factor a on the residual stream with a^2 * eps(source) = 1e-6; 1 when the source has that eps."""
     eps = float(target.config["rms_norm_eps"])
-    return 1.0 if abs(eps - LATENT_NORM_EPS) < 1e-3 * LATENT_NORM_EPS else (LATENT_NORM_EPS / eps) ** 0.5
+    return 1.0 if abs(eps / LATENT_NORM_EPS - 1) < SAME_EPS else (LATENT_NORM_EPS / eps) ** 0.5
 
 
 def latent_scale(kv_down_RD: Tensor) -> tuple[float, float]:
     """Factor on the latent, and norm weight that undoes it, for a norm that acts as a linear map.
 
-    mean(c^2) <= |W|_F^2 |x|^2 / R bounds the latent of any input; no calibration is needed.
+    mean(c^2) <= |W|_F^2 |x|^2 / R bounds the latent of any input; no calibration is needed. The weight is a
+    power of two, which every dtype stores exactly: rounded, it would scale all values of a layer alike.
     """
     R, D = kv_down_RD.shape
     largest = float(kv_down_RD.double().pow(2).sum()) * INPUT_MEAN_SQUARE * D / R
-    shrink = (LATENT_HEADROOM * LATENT_NORM_EPS / largest) ** 0.5
-    return shrink, LATENT_NORM_EPS**0.5 / shrink
+    least_weight = (largest / LATENT_HEADROOM) ** 0.5
+    norm_weight = 2.0 ** math.ceil(math.log2(least_weight))
+    return LATENT_NORM_EPS**0.5 / norm_weight, norm_weight
 
 
 def _scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,7 @@ class Native:
                 "key_rank": [r.key_rank for r in ranks],
                 "value_rank": [r.value_rank for r in ranks],
                 "qk_rope_head_dim": [r.rope_dim for r in ranks],
-                "qk_nope_head_dim": [head_dim if r.key_rank or not slots else 0 for r in ranks],
+                "qk_nope_head_dim": [0 if slots and not r.key_rank else head_dim for r in ranks],
                 "v_head_dim": head_dim,
                 "rope_frequencies": [list(table) for table in frequencies],
             },

@@ -49,7 +49,7 @@ class RoRope:
     def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
         """Every collapse-th frequency of the source; folding does not change the table."""
         collapse = self.collapse(spec.num_pairs)
-        if self.folding != "auto" and (spec.num_pairs % self.folding or self.folding % collapse):
+        if self.folding != "auto" and self.folding not in self.candidates(spec.num_pairs):
             raise InvalidRecipe(
                 f"rope.folding is {self.folding}; with {spec.num_pairs} rotary pairs and {self.dims} dims "
                 f"it can be one of {', '.join(map(str, self.candidates(spec.num_pairs)))}"
