@@ -174,7 +174,10 @@ class LatentAttentionModule(nn.Module):
     def _attend(self, query: Tensor, keys: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
         latent = entry_B1UC[:, 0, :, entry_B1UC.shape[-1] - self.shape.value_rank :]
         values = self._heads(self.v_b_proj(latent), self.shape.num_kv_heads)
-        return functional.scaled_dot_product_attention(
+        # Fused kernels want values as wide as keys; the alternative materializes all scores.
+        values = functional.pad(values, (0, max(query.shape[-1] - self.shape.v_head_dim, 0)))
+        mixed = functional.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1,
             scale=self.shape.scale, enable_gqa=query.shape[1] != keys.shape[1],
         )  # fmt: skip
+        return mixed[..., : self.shape.v_head_dim]
