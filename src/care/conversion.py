@@ -17,7 +17,7 @@ from .calibration import (
     load_text,
     sampled_windows,
 )
-from .checkpoint import CheckpointWriter, check_finite, check_output_free, check_space
+from .checkpoint import CheckpointWriter, check_finite, check_output_free, check_space, writing
 from .errors import BadInput, InvalidRecipe
 from .factorization import Factors, Svd, factorize, layer_spectra
 from .folding import FoldingSearch, choose_folding
@@ -257,7 +257,8 @@ def convert(plan: Plan, out_dir: Path, *, track: Track = silent) -> Report:
             writer.write_shard(index + 1, named | _carried(plan, carried[index]))
             reports.append(layer_report(plan.ranks[index], factors))
         writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
-        source.copy_side_files(writer.partial)
+        with writing(out_dir):
+            source.copy_side_files(writer.partial)
         report = make_report(plan, reports, time.perf_counter() - start)
         writer.finish(layout.config(plan.target, plan.ranks), asdict(report))
     return report

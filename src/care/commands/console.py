@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..checkpoint import writing
 from ..conversion import CalibrationRequest
-from ..errors import BadInput, InvalidRecipe
+from ..errors import InvalidRecipe
 
 Item = TypeVar("Item")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -91,10 +92,8 @@ def emit(result: Mapping[str, Any], json_file: str | None, *shown: object) -> No
     for part in shown:
         out.print(part)
     if json_file is not None:
-        try:
+        with writing(Path(json_file)):
             Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BadInput(f"cannot write {json_file}: {error.strerror}") from error
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..linalg import Spectrum, output_moment, spectrum, weighted_error
+from ..linalg import Spectrum, output_moment, principal_outputs, weighted_error
 from ..types import AttentionWeights, KeySplit, LatentAttention, LayerRanks, LayerStats
 
 
@@ -80,8 +80,7 @@ def layer_spectra(
 ) -> tuple[Spectrum, ...]:
     """What an allocator sees: one spectrum of a joint latent, or those of keys and of values."""
     targets = _targets(method, weights, split, stats)
-    D = targets.stacked_MD.shape[1]
-    return tuple(spectrum(output_moment(w, targets.metric_DD), D) for w in _blocks(targets, joint=method.joint))
+    return tuple(principal_outputs(w, targets.metric_DD) for w in _blocks(targets, joint=method.joint))
 
 
 def factorize(
@@ -96,7 +95,7 @@ def factorize(
     wanted = (ranks.value_rank,) if method.joint else (ranks.key_rank, ranks.value_rank)
     down, up = [], []
     for block_MD, rank in zip(_blocks(targets, joint=method.joint), wanted, strict=True):
-        basis_MR = spectrum(output_moment(block_MD, targets.metric_DD), rank).basis_MS
+        basis_MR = principal_outputs(block_MD, targets.metric_DD).basis_MS[:, :rank]
         if basis_MR.shape[1] < rank:
             raise ValueError(f"rank {rank} asked of a map with {basis_MR.shape[1]} directions")
         down.append(basis_MR.T @ block_MD)
