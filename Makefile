@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+# The libraries below have progress bars of their own.
+QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 CARE_SOURCES := src tests benchmarks examples
 
 .PHONY: setup demo test check format clean
@@ -19,20 +21,28 @@ $(STAMP): requirements.txt pyproject.toml
 	touch $@
 
 demo: $(STAMP)
-	$(VENV)/bin/python examples/demo.py demo-out
+	$(QUIET) $(VENV)/bin/python examples/demo.py demo-out
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
 
 check: $(STAMP)
-	$(VENV)/bin/ruff format --check $(CARE_SOURCES)
-	$(VENV)/bin/ruff check $(CARE_SOURCES)
+	$(VENV)/bin/ruff format --check $(# The libraries below have progress bars of their own.
+QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
+CARE_SOURCES)
+	$(VENV)/bin/ruff check $(# The libraries below have progress bars of their own.
+QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
+CARE_SOURCES)
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/codespell
 
 format: $(STAMP)
-	$(VENV)/bin/ruff format $(CARE_SOURCES)
-	$(VENV)/bin/ruff check --fix $(CARE_SOURCES)
+	$(VENV)/bin/ruff format $(# The libraries below have progress bars of their own.
+QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
+CARE_SOURCES)
+	$(VENV)/bin/ruff check --fix $(# The libraries below have progress bars of their own.
+QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
+CARE_SOURCES)
 
 clean:
 	rm -rf $(VENV) demo-out

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from care import CalibrationRequest, CareError, calibrate, convert, load_recipe, open_source, plan_conversion
 from care.calibration import first_windows, load_text
-from care.cli import quiet_libraries
 from care.commands.console import out, rich_track, table, working
 from care.commands.evaluate import COLUMNS, quality_row
 from care.commands.profile import plot_profile, profile_text
@@ -36,8 +37,6 @@ def demo_model() -> str:
 
 def measure_both(source: Source, converted_dir: Path) -> None:
     """The before/after table, and a sentence from each model."""
-    import torch  # noqa: PLC0415 - after the libraries below are told to be quiet
-
     converted = load_model(locate(str(converted_dir)), dtype=torch.float32)
     windows_BT = first_windows(source.tokens(load_text(TEXT)), WINDOW, WINDOWS)
     runs = {"source": source.logits, "converted": lambda tokens: converted(input_ids=tokens, use_cache=False).logits}
@@ -74,5 +73,4 @@ def main(out_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    quiet_libraries()
     main(Path(sys.argv[1]))

@@ -3,10 +3,11 @@
 import errno
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -120,10 +121,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _shards(directory: Path) -> list[Path]:
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name to shard, from the index; empty where there is none."""
     index = directory / INDEX_NAME
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    if not index.exists():
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput(f"{index} has no weight_map; fetch the index again")
+    return {str(name): str(shard) for name, shard in cast("dict[object, object]", weight_map).items()}
+
+
+def _shards(directory: Path) -> list[Path]:
+    weight_map = _weight_map(directory)
+    if weight_map:
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise BadInput(f"{directory} lacks {missing[0]}, which {INDEX_NAME} names; fetch the missing shard")
@@ -137,10 +149,7 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _check_index(directory: Path, shard_of: Mapping[str, Path]) -> None:
-    index = directory / INDEX_NAME
-    if not index.exists():
-        return
-    for name, shard in read_json(index)["weight_map"].items():
+    for name, shard in _weight_map(directory).items():
         if name not in shard_of:
             raise BadInput(f"tensor {name} is in {INDEX_NAME} but not in {shard}; fetch that shard again")
 
@@ -159,6 +168,16 @@ def check_space(out_dir: Path, num_bytes: int) -> None:
         raise BadInput(f"{parent} has {free / 1e9:.1f} GB free, the output needs {num_bytes / 1e9:.1f} GB")
 
 
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Turn what the disk refuses into BadInput that names the file."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        full = "No space" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+        raise BadInput(f"cannot write {path}: {'the disk is full; free some space' if full else error}") from error
+
+
 class DirectoryWriter:
     """Writes into `OUT.partial` and renames it when complete; on any failure nothing is left behind."""
 
@@ -168,11 +187,9 @@ class DirectoryWriter:
 
     def __enter__(self) -> Self:
         check_output_free(self.out_dir)
-        try:
+        with writing(self.out_dir):
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise BadInput(f"cannot write to {self.partial.parent}: {error.strerror}") from error
         return self
 
     def __exit__(
@@ -187,19 +204,13 @@ class DirectoryWriter:
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """One safetensors file; BadInput when the disk is full."""
-        try:
+        with writing(self.out_dir / name):
             save_file({key: t.contiguous() for key, t in tensors.items()}, self.partial / name, dict(metadata))
-        except (SafetensorError, OSError) as error:
-            full = "No space" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-            reason = "the disk is full; free some space" if full else str(error)
-            raise BadInput(f"cannot write {self.out_dir / name}: {reason}") from error
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """One indented JSON file."""
-        try:
+        with writing(self.out_dir / name):
             (self.partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BadInput(f"cannot write {self.out_dir / name}: {error.strerror}") from error
 
 
 class CheckpointWriter(DirectoryWriter):

@@ -40,16 +40,12 @@ def group() -> None:
     """Turn a pretrained GQA or MHA language model into a multi-head latent attention model."""
 
 
-def quiet_libraries() -> None:
-    """Silence the progress bars and advice of the libraries below; to be called before they are imported."""
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    # The libraries below read these when they are imported; progress and advice of our own are enough.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def main() -> None:
-    """Run the command line and leave with its exit code."""
-    quiet_libraries()
     try:
         sys.exit(group(standalone_mode=False))
     except CareError as error:

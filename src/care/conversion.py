@@ -20,7 +20,7 @@ from .calibration import (
     load_text,
     sampled_windows,
 )
-from .checkpoint import CheckpointWriter, check_finite, check_output_free, check_space
+from .checkpoint import CheckpointWriter, check_finite, check_output_free, check_space, writing
 from .errors import BadInput
 from .factorization import Factors, factorize
 from .formats import FORMATS
@@ -144,7 +144,8 @@ def convert(plan: Plan, out_dir: Path, *, track: Track = silent) -> Report:
             rope = factors.latent.rope
             frequencies.append(plan.target.spec.rope_frequencies if rope is None else rope.frequencies)
         writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
-        source.copy_side_files(writer.partial)
+        with writing(out_dir):
+            source.copy_side_files(writer.partial)
         report = make_report(plan, reports, time.perf_counter() - start)
         writer.finish(layout.config(plan.target, plan.ranks, frequencies), asdict(report))
     return report

@@ -57,14 +57,17 @@ def symmetric_root(matrix_MM: Tensor) -> Root:
     return Root((vectors_MM * root_1M) @ vectors_MM.mH, (vectors_MM / root_1M) @ vectors_MM.mH)
 
 
-def spectrum(gram_MM: Tensor, max_rank: int | None = None) -> Spectrum:
-    """Eigenvalues of an output moment, descending, with their directions.
+def principal_outputs(weight_MD: Tensor, metric_DD: Tensor | None) -> Spectrum:
+    """Spectrum of W C^(1/2): S = min(M, D) energies with their orthonormal output directions.
 
-    `max_rank` cuts directions that cannot exist: a map from D inputs has at most D of them.
+    A map with more outputs than inputs is first reduced to the D directions that it can reach, so that where C
+    is singular no direction outside them is taken for one of them.
     """
-    energy_S, basis_MS = torch.linalg.eigh(gram_MM)
-    energy_S, basis_MS = energy_S.flip(0).clamp(min=0), basis_MS.flip(1)
-    return Spectrum(energy_S[:max_rank], basis_MS[:, :max_rank])
+    M, D = weight_MD.shape
+    reach_MS, reduced_SD = torch.linalg.qr(weight_MD.double()) if M > D else (None, weight_MD)
+    energy_S, basis_SS = torch.linalg.eigh(output_moment(reduced_SD, metric_DD))
+    basis_SS = basis_SS.flip(1)
+    return Spectrum(energy_S.flip(0).clamp(min=0), basis_SS if reach_MS is None else reach_MS @ basis_SS)
 
 
 def weighted_error(weight_MD: Tensor, approximation_MD: Tensor, metric_DD: Tensor | None) -> float:

@@ -105,10 +105,12 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     _refuse_unknown(document, known, "")
     if "factorization" not in document:
         raise InvalidRecipe(f"recipe {name} lacks [factorization]; it needs at least its method")
+    paper = document.get("paper", "")
+    _check_type("paper", paper, "")
     mode = _choice("mode", document.get("mode", "absorbed"), list(MODES))
     return Recipe(
         name=name,
-        paper=document.get("paper", ""),
+        paper=paper,
         mode=cast("Mode", mode),
         format=_choice("format", document.get("format", "native"), list(FORMATS)),
         factorization=_part(FACTORIZERS, document["factorization"], "factorization"),

@@ -13,7 +13,7 @@ from .architectures import architecture_for
 from .architectures.base import Architecture
 from .checkpoint import SafetensorsReader, StateReader, TensorReader
 from .errors import BadInput
-from .modeling.loading import Location, load_config, load_model, load_tokenizer, locate
+from .modeling.loading import Location, expected_shapes, load_config, load_model, load_tokenizer, locate
 from .types import AttentionSpec, AttentionWeights
 
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -48,9 +48,9 @@ class Source:
         """The checkpoint's tensors; those of a GGUF file are de-quantized by loading the model."""
         if self.location.gguf_file is None:
             reader: TensorReader = SafetensorsReader(self.location.directory)
+            self.architecture.check_tensors(reader, self.spec, expected_shapes(self.location))
         else:
             reader = StateReader(self.model.state_dict())
-        self.architecture.check_tensors(reader, self.spec)
         return reader
 
     @property

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 BISECTIONS = 60
+FIRST_STEPS = 4096
+"""How fast the price falls until it is too low for the first time."""
+
+TINY = 1e-30
+"""Keeps the price above zero where no layer has energy."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,10 @@ class Threshold:
         Each layer maps a number of slots to the loss of the dropped rotations and the latent's squared
         singular values, descending. The caller ensures that the budget can be met.
         """
-        low, high = 0.0, max(float(e.max()) for layer in layers for _, e in layer.values() if len(e)) * 2 + 1e-30
+        largest = max((float(e[0]) for layer in layers for _, e in layer.values() if len(e)), default=0.0)
+        low, high = 0.0, 2 * largest + TINY
         for _ in range(BISECTIONS):
-            middle = (low * high) ** 0.5 if low else high / 4096
+            middle = (low * high) ** 0.5 if low else high / FIRST_STEPS
             chosen = [_cheapest(layer, middle) for layer in layers]
             if sum(2 * n + r for n, r in chosen) > budget:
                 low = middle
@@ -49,7 +55,7 @@ def _cheapest(layer: Mapping[int, tuple[float, Tensor]], price: float) -> tuple[
     """The (slots, rank) of a layer with the least loss plus price times width."""
     best: tuple[float, int, int] | None = None
     for slots, (dropped, energy_S) in layer.items():
-        rank = max(int((energy_S > price).sum()), 1)
+        rank = max(int((energy_S > price).sum()), min(1, len(energy_S)))
         cost = dropped + float(energy_S[rank:].sum()) + price * (2 * slots + rank)
         if best is None or cost < best[0]:
             best = (cost, slots, rank)

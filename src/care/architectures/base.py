@@ -27,6 +27,7 @@ class Architecture:
     k: str = "k_proj"
     v: str = "v_proj"
     out: str = "o_proj"
+    head: str = "lm_head.weight"
     dropped: tuple[str, ...] = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
     deepseek_body: bool = True
     no_bias_keys: tuple[str, ...] = ("attention_bias",)
@@ -58,24 +59,22 @@ class Architecture:
         shapes = {self.q: (queries, D), self.k: (keys, D), self.v: (keys, D), self.out: (D, queries)}
         return {f"{prefix}.{part}.weight": shape for part, shape in shapes.items()}
 
-    def check_tensors(self, reader: TensorReader, spec: AttentionSpec) -> None:
-        """Refuse a checkpoint whose attention tensors are not exactly those that the config promises."""
+    def check_tensors(self, reader: TensorReader, spec: AttentionSpec, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a checkpoint whose tensors are not exactly those that the config promises.
+
+        `expected` are the names and shapes of the whole model; a tied head may be stored or not.
+        """
         names = set(reader.names())
-        for index in range(spec.num_layers):
-            expected = self.attention_shapes(index, spec)
-            for name, shape in expected.items():
-                if name not in names:
-                    raise BadInput(f"tensor {name} is missing; config.json promises {spec.num_layers} layers")
-                if reader.shape(name) != shape:
-                    raise BadInput(f"tensor {name} has shape {reader.shape(name)}, config.json says {shape}")
-            prefix = self.attention.format(i=index) + "."
-            extra = {n for n in names if n.startswith(prefix)} - expected.keys()
-            unknown = sorted(n for n in extra if not self.drops(n))
-            if unknown:
-                raise UnsupportedModel(f"tensor {unknown[0]} has no place in a {self.model_type} conversion")
-        beyond = self.layer.format(i=spec.num_layers) + "."
-        if any(n.startswith(beyond) for n in names):
-            raise BadInput(f"the checkpoint holds {beyond}* but config.json promises {spec.num_layers} layers")
+        attention = [self.attention_shapes(index, spec) for index in range(spec.num_layers)]
+        promised = {name: shape for layer in attention for name, shape in layer.items()} | dict(expected)
+        for name, shape in promised.items():
+            if name not in names:
+                raise BadInput(f"tensor {name} is missing; config.json promises {spec.num_layers} layers with it")
+            if reader.shape(name) != shape:
+                raise BadInput(f"tensor {name} has shape {reader.shape(name)}, config.json says {shape}")
+        unknown = sorted(n for n in names - promised.keys() if n != self.head and not self.drops(n))
+        if unknown:
+            raise UnsupportedModel(f"tensor {unknown[0]} has no place in the {self.model_type} model of config.json")
 
     def drops(self, name: str) -> bool:
         """Whether a converted checkpoint leaves this tensor out by name."""

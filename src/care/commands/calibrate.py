@@ -7,9 +7,10 @@ import click
 
 from ..calibration import save_calibration
 from ..checkpoint import check_output_free
-from ..conversion import CalibrationRequest, calibrate
+from ..conversion import STATISTICS, CalibrationRequest, calibrate
+from ..recipe import load_recipe
 from ..source import open_source
-from .console import calibration_options, device_option, emit, json_option, rich_track, working
+from .console import calibration_options, device_option, emit, json_option, parse_list, rich_track, working
 
 
 @click.command()
@@ -17,17 +18,32 @@ from .console import calibration_options, device_option, emit, json_option, rich
 @click.argument("stats", type=click.Path(path_type=Path))
 @click.option("--text", default="python-help", show_default=True, help="FILE or name of a text.")
 @calibration_options
+@click.option("--recipes", "recipe_names", help="Collect only what these comma-separated recipes need.")
 @device_option
 @json_option
 def command(
-    model: str, stats: Path, text: str, samples: int, length: int, seed: int, device: str, json_file: str | None
+    model: str,
+    stats: Path,
+    text: str,
+    samples: int,
+    length: int,
+    seed: int,
+    context: int,
+    recipe_names: str | None,
+    device: str,
+    json_file: str | None,
 ) -> None:
-    """Run SRC over a text and save its moments in the directory STATS."""
+    """Run SRC over a text and save its statistics in the directory STATS.
+
+    Everything that any recipe asks for is collected, unless --recipes names those that matter.
+    """
+    recipes = [load_recipe(name) for name in parse_list(recipe_names, "--recipes")] if recipe_names else []
+    needs = frozenset[str]({"inputs"}).union(*(recipe.needs for recipe in recipes)) if recipes else STATISTICS
     check_output_free(stats)
     source = open_source(model, device)
     with working(f"loading {model}"):
         _ = source.model
-    result = calibrate(source, CalibrationRequest(text, samples, length, seed), track=rich_track)
+    result = calibrate(source, CalibrationRequest(text, samples, length, seed, context), needs, track=rich_track)
     save_calibration(result, stats)
     info = asdict(result.info)
     tokens = result.info.num_windows * result.info.window

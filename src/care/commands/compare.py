@@ -10,7 +10,7 @@ from ..calibration import first_windows, load_text
 from ..comparison import SOURCE, Comparison, Variant, compare
 from ..conversion import CalibrationRequest, calibrate
 from ..errors import InvalidRecipe
-from ..plan import check_request
+from ..plan import at_budget, check_request
 from ..recipe import load_recipe, recipe_names
 from ..source import open_source
 from .console import (
@@ -45,6 +45,7 @@ def command(
     samples: int,
     length: int,
     seed: int,
+    context: int,
     text: str,
     window: int,
     windows: int,
@@ -61,7 +62,8 @@ def command(
     with working(f"loading {model}"):
         windows_BT = first_windows(source.tokens(load_text(text)), window, windows)
         _refuse_if_nothing_left(source, chosen, budgets)
-    stats = calibrate(source, CalibrationRequest(calibration, samples, length, seed), track=rich_track)
+    needs = frozenset[str]().union(*(at_budget(recipe, b).needs for recipe in chosen for b in budgets))
+    stats = calibrate(source, CalibrationRequest(calibration, samples, length, seed, context), needs, track=rich_track)
     result = compare(source, chosen, budgets, stats, windows_BT, track=rich_track)
     protocol = {"source": model, "text": text, "window": window, "windows": windows, "calibration": asdict(stats.info)}
     base = quality_record(result.quality[SOURCE], result.cache[SOURCE])

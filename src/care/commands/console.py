@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..checkpoint import writing
 from ..conversion import CalibrationRequest
-from ..errors import BadInput, InvalidRecipe
+from ..errors import InvalidRecipe
 
 Item = TypeVar("Item")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -34,6 +35,12 @@ def calibration_options(function: Decorated) -> Decorated:
     """How much calibration text to take, the same in every command."""
     request = CalibrationRequest
     for option in (
+        click.option(
+            "--context",
+            default=request.context,
+            show_default=True,
+            help="Context length to serve: attention distances are taken on windows this long.",
+        ),
         click.option("--seed", default=request.seed, show_default=True, help="Draws the calibration windows."),
         click.option("--length", default=request.window, show_default=True, help="Tokens per calibration window."),
         click.option("--samples", default=request.num_windows, show_default=True, help="Calibration windows."),
@@ -91,10 +98,8 @@ def emit(result: Mapping[str, Any], json_file: str | None, *shown: object) -> No
     for part in shown:
         out.print(part)
     if json_file is not None:
-        try:
+        with writing(Path(json_file)):
             Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BadInput(f"cannot write {json_file}: {error.strerror}") from error
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

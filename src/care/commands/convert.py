@@ -15,7 +15,7 @@ from ..types import MODES, Mode
 from .console import calibration_options, device_option, dtype_option, emit, json_option, rich_track, working
 from .profile import profile_text
 
-DEFAULT_RECIPE = "care-mla"
+DEFAULT_RECIPE = "best"
 
 
 @click.command()
@@ -39,6 +39,7 @@ def command(
     samples: int,
     length: int,
     seed: int,
+    context: int,
     mode: Mode | None,
     format_name: str | None,
     dtype: str | None,
@@ -52,7 +53,7 @@ def command(
     wanted = DTYPES[dtype] if dtype else None
     with working(f"loading {model}"):
         check_request(source, recipe, kv_budget, wanted)
-    request = CalibrationRequest(calibration, samples, length, seed)
+    request = CalibrationRequest(calibration, samples, length, seed, context)
     stats = calibrate(source, request, recipe.needs, track=rich_track) if recipe.needs else None
     plan = plan_conversion(source, recipe, kv_budget, stats, dtype=wanted, track=rich_track)
     report = asdict(convert(plan, out_dir, track=rich_track))

@@ -6,12 +6,13 @@ Everything else is the truncated eigendecomposition of linalg.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ..linalg import Spectrum, output_moment, spectrum, symmetric_root, weighted_error
+from ..linalg import Root, Spectrum, principal_outputs, symmetric_root, weighted_error
 from ..types import AttentionWeights, KeySplit, LatentAttention, LayerRanks, LayerStats
 
 
@@ -66,23 +67,26 @@ class _Problem:
     metric_DD: Tensor | None
     output_MM: Tensor | None
 
+    @cached_property
+    def root(self) -> Root | None:
+        """Square root of the output metric."""
+        return None if self.output_MM is None else symmetric_root(self.output_MM)
+
+    @property
+    def whitened(self) -> Tensor:
+        """The map with its outputs in the metric's units."""
+        return self.weight_MD if self.root is None else self.root.root_MM @ self.weight_MD
+
     def spectrum(self) -> Spectrum:
-        """Directions in the whitened outputs; a map from D inputs has at most D of them."""
-        gram_MM = output_moment(self.weight_MD, self.metric_DD)
-        if self.output_MM is not None:
-            root_MM = symmetric_root(self.output_MM).root_MM
-            gram_MM = root_MM @ gram_MM @ root_MM
-        return spectrum(gram_MM, self.weight_MD.shape[1])
+        """Energies and directions of the whitened map."""
+        return principal_outputs(self.whitened, self.metric_DD)
 
     def solve(self, rank: int) -> tuple[Tensor, Tensor]:
         """Down (R, D) and up (M, R) maps of the best approximation; ValueError if the rank cannot be had."""
         basis_MR = self.spectrum().basis_MS[:, :rank]
         if basis_MR.shape[1] < rank:
             raise ValueError(f"rank {rank} asked of a map with {basis_MR.shape[1]} directions")
-        if self.output_MM is None:
-            return basis_MR.T @ self.weight_MD, basis_MR
-        root = symmetric_root(self.output_MM)
-        return basis_MR.T @ root.root_MM @ self.weight_MD, root.inverse_MM @ basis_MR
+        return basis_MR.T @ self.whitened, basis_MR if self.root is None else self.root.inverse_MM @ basis_MR
 
 
 def _targets(method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats | None) -> Targets:

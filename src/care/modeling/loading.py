@@ -52,7 +52,7 @@ def locate(model: str) -> Location:
     try:
         return Location(Path(snapshot_download(model, allow_patterns=list(HUB_FILES))))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise BadInput(f"{model} is neither a local path nor a model that the hub gave ({reason})") from error
 
 
@@ -64,7 +64,7 @@ def load_config(location: Location) -> dict[str, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(location.directory, **location.arguments())
     except (*UNREADABLE, struct.error) as error:
-        raise BadInput(f"cannot read {location.gguf_file}: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"cannot read {location.gguf_file}: {_first_line(error)}") from error
     return config.to_dict()
 
 
@@ -79,10 +79,10 @@ def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -
     register()
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            location.directory, dtype=dtype, trust_remote_code=False, **location.arguments()
+            location.directory, dtype=dtype, trust_remote_code=False, **_weights_argument(location)
         )
     except (*UNREADABLE, struct.error, SafetensorError) as error:
-        raise BadInput(f"cannot load {location.directory}: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"cannot load {location.directory}: {_first_line(error)}") from error
     if location.gguf_file is not None:
         # De-quantized already: a saved config must not say otherwise.
         if hasattr(model.config, "quantization_config"):
@@ -91,10 +91,31 @@ def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -
     return model.to(device).eval()
 
 
+def _weights_argument(location: Location) -> dict[str, Any]:
+    """Never pickles: a directory must hold safetensors."""
+    return location.arguments() or {"use_safetensors": True}
+
+
+def expected_shapes(location: Location) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that the config promises, without allocating any; tied ones left out."""
+    try:
+        with torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(location.directory)
+            model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    except UNREADABLE as error:
+        raise BadInput(f"cannot make sense of {location.directory / 'config.json'}: {_first_line(error)}") from error
+    tied = set(model.all_tied_weights_keys)
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def load_tokenizer(location: Location) -> Any:  # noqa: ANN401
     """The tokenizer that belongs to a model."""
     register()
     try:
         return transformers.AutoTokenizer.from_pretrained(location.directory, **location.arguments())
     except UNREADABLE as error:
-        raise BadInput(f"no usable tokenizer in {location.directory}: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"no usable tokenizer in {location.directory}: {_first_line(error)}") from error

@@ -24,8 +24,8 @@ class KeepAll:
         return spec.kv_width // 2
 
     def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
-        """The source's table, once per key head."""
-        return spec.rope_frequencies * spec.num_kv_heads
+        """The source's table, each frequency once per key head."""
+        return tuple(f for f in spec.rope_frequencies for _ in range(spec.num_kv_heads))
 
     def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
         """Reorder half-split heads into interleaved slots; nothing is left for the latent."""

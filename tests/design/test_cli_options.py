@@ -1,0 +1,52 @@
+"""Commands and flags, frozen: a change here is a change for every user."""
+
+import click
+import pytest
+
+from care.cli import COMMANDS, group
+
+CALIBRATION = ["--samples", "--length", "--seed"]
+TEXT = ["--text", "--window", "--windows"]
+
+OPTIONS = {
+    "inspect": ["model", "--plot", "--json"],
+    "calibrate": ["model", "stats", "--text", *CALIBRATION, "--device", "--json"],
+    "convert": [
+        "model", "out_dir", "--recipe", "--kv-budget", "--calibration", *CALIBRATION, "--mode", "--format", "--dtype",
+        "--device", "--json",
+    ],
+    "eval": ["model", "--against", *TEXT, "--dtype", "--device", "--json"],
+    "compare": ["model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, *TEXT, "--device", "--json"],
+    "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
+}  # fmt: skip
+
+
+def command(name: str) -> click.Command:
+    """A command as the group gives it."""
+    found = group.get_command(click.Context(group), name)  # type: ignore[attr-defined]
+    assert found is not None
+    return found
+
+
+def test_commands_are_frozen() -> None:
+    assert list(COMMANDS) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_options_are_frozen(name: str) -> None:
+    assert [parameter.opts[0] for parameter in command(name).params] == OPTIONS[name]
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_everything_is_explained(name: str) -> None:
+    made = command(name)
+    assert made.help
+    assert all(p.help for p in made.params if isinstance(p, click.Option))
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    defaults = {p.opts[0]: p.default for p in command("convert").params}
+    assert (defaults["--recipe"], defaults["--kv-budget"]) == ("care-mla", 0.5)
+    assert (defaults["--samples"], defaults["--length"], defaults["--seed"]) == (128, 256, 42)
+    defaults = {p.opts[0]: p.default for p in command("eval").params}
+    assert (defaults["--window"], defaults["--windows"]) == (1024, 24)

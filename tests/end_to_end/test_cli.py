@@ -1,0 +1,508 @@
+"""The command line: every command's JSON, and every bad input as one line, exit code 2, nothing left behind."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import NUM_WINDOWS, WINDOW, TinyModels
+
+import care.cli
+import care.conversion
+from care.recipe import recipe_names
+
+SAMPLES = ("--samples", str(NUM_WINDOWS), "--length", str(WINDOW))
+EXIT_ERROR = 2
+Edit = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        """What `--json -` printed."""
+        return json.loads(self.stdout)
+
+
+@pytest.fixture
+def care_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run `care ARGUMENTS` in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["care", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            care.cli.main()
+        said = capsys.readouterr()
+        return Outcome(int(left.value.code or 0), said.out, said.err)
+
+    return run
+
+
+Run = Callable[..., Outcome]
+
+
+def assert_refused(outcome: Outcome, words: str, out: Path, *, worked: bool = False) -> None:
+    """One line of error, and no trace of the output; progress may come before it when work was `worked`."""
+    lines = [line for line in outcome.stderr.splitlines() if line]
+    assert outcome.code == EXIT_ERROR, outcome
+    assert lines[-1].startswith("care: error: "), outcome.stderr
+    assert words in lines[-1]
+    assert all(": done in " in line for line in lines[:-1]), outcome.stderr
+    assert worked or len(lines) == 1
+    assert outcome.stdout == ""
+    assert not out.exists()
+    assert not out.with_name(out.name + ".partial").exists()
+
+
+def damaged(tiny: TinyModels, to: Path, edit: Edit) -> Path:
+    """A copy of the GQA model with one thing wrong."""
+    copy = shutil.copytree(tiny.directory("llama-gqa"), to / "source")
+    edit(copy)
+    return copy
+
+
+def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Edit:
+    """Change or remove one tensor."""
+
+    def edit(directory: Path) -> None:
+        file = directory / "model.safetensors"
+        tensors = load_file(file)
+        changed = change(tensors.pop(name).clone())
+        save_file(tensors | ({} if changed is None else {name: changed}), file, {"format": "pt"})
+
+    return edit
+
+
+def with_config(**changes: object) -> Edit:
+    """Change keys of config.json; None removes one."""
+
+    def edit(directory: Path) -> None:
+        file = directory / "config.json"
+        content = {**json.loads(file.read_text()), **changes}
+        file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return edit
+
+
+def truncate(directory: Path) -> None:
+    """Cut the weights short, as an interrupted download does."""
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def only_pickles(directory: Path) -> None:
+    """Weights as pickles, beside a config that is right."""
+    (directory / "model.safetensors").unlink()
+    torch.save({}, directory / "pytorch_model.bin")
+
+
+def infinite(weight: torch.Tensor) -> torch.Tensor:
+    """Finite weights that overflow as soon as they meet an activation."""
+    return torch.full_like(weight, torch.finfo(weight.dtype).max)
+
+
+def first_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Put a value into the first place of a tensor."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+KEY = "model.layers.1.self_attn.k_proj.weight"
+MLP = "model.layers.1.mlp.down_proj.weight"
+BAD_SOURCES: dict[str, tuple[Edit, str]] = {
+    "no config": (lambda d: (d / "config.json").unlink(), "holds no config.json"),
+    "config is not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "is not a JSON object"),
+    "no model_type": (with_config(model_type=None), "no model_type"),
+    "unsupported architecture": (with_config(model_type="mamba"), "'mamba' is not supported; known: llama, mistral"),
+    "no layers": (with_config(num_hidden_layers=None), "num_hidden_layers"),
+    "biased": (with_config(attention_bias=True), "attention_bias"),
+    "dynamic rope": (
+        with_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+        "rope type 'yarn'",
+    ),
+    "too many layers promised": (with_config(num_hidden_layers=4), "model.layers.3.self_attn.q_proj.weight is missing"),
+    "too few layers promised": (with_config(num_hidden_layers=2), "model.layers.2."),
+    "heads that disagree": (with_config(num_key_value_heads=4), "has shape (16, 32), config.json says (32, 32)"),
+    "hidden size that disagrees": (with_config(hidden_size=64, head_dim=8), "has shape (32, 32)"),
+    "tensor missing": (with_tensor(KEY, lambda _: None), f"tensor {KEY} is missing"),
+    "truncated": (truncate, "truncated or not a safetensors file"),
+    "not safetensors": (lambda d: (d / "model.safetensors").write_text("hello"), "not a safetensors file"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no safetensors weights"),
+    "pickles only": (only_pickles, "only pickled weights"),
+    "NaN in an attention weight": (with_tensor(KEY, first_value(float("nan"))), f"tensor {KEY} holds NaN or Inf"),
+    "Inf in an attention weight": (with_tensor(KEY, first_value(float("inf"))), f"tensor {KEY} holds NaN or Inf"),
+    "NaN in another weight": (with_tensor(MLP, first_value(float("nan"))), f"tensor {MLP} holds NaN or Inf"),
+    "quantized": (with_tensor("model.layers.0.self_attn.q_proj.weight", lambda t: t.to(torch.int8)), "int8"),
+}
+"""What is wrong with a source, and what the error says; found without running the model."""
+
+
+@pytest.mark.parametrize("name", list(BAD_SOURCES))
+def test_bad_sources(tiny: TinyModels, care_main: Run, tmp_path: Path, name: str) -> None:
+    edit, words = BAD_SOURCES[name]
+    source, out = damaged(tiny, tmp_path, edit), tmp_path / "out"
+    assert_refused(care_main("convert", source, out, "--recipe", "palu"), words, out, worked="weight" in name)
+
+
+@pytest.mark.parametrize("name", [name for name in BAD_SOURCES if "NaN" not in name and "Inf" not in name])
+def test_bad_sources_are_refused_before_calibration(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, name: str, text_file: Path
+) -> None:
+    edit, words = BAD_SOURCES[name]
+    source, out = damaged(tiny, tmp_path, edit), tmp_path / "out"
+    outcome = care_main("convert", source, out, "--recipe", "care-mla", "--calibration", text_file, *SAMPLES)
+    assert_refused(outcome, words, out)
+
+
+MISFITS: dict[str, tuple[Edit, str]] = {
+    "vocabulary that disagrees": (with_config(vocab_size=300), "embed_tokens"),
+    "MLP that disagrees": (with_config(intermediate_size=64), "mlp"),
+    "MLP tensor missing": (with_tensor(MLP, lambda _: None), MLP),
+}
+
+
+@pytest.mark.parametrize("recipe", ["palu", "care-u"])
+@pytest.mark.parametrize("name", list(MISFITS))
+def test_misfits_outside_attention(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, name: str, recipe: str, text_file: Path
+) -> None:
+    """Config and tensors that disagree where conversion only copies."""
+    edit, words = MISFITS[name]
+    source, out = damaged(tiny, tmp_path, edit), tmp_path / "out"
+    outcome = care_main("convert", source, out, "--recipe", recipe, "--calibration", text_file, *SAMPLES)
+    assert_refused(outcome, words, out, worked=True)
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate", "inspect", "eval", "compare", "generate"])
+@pytest.mark.parametrize("what", ["no such path", "not a model", "hub name", "not a GGUF file"])
+def test_paths_that_are_no_model(care_main: Run, tmp_path: Path, command: str, what: str) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "fake.gguf").write_bytes(b"nothing")
+    model, words = {
+        "no such path": (tmp_path / "absent" / "model", "no such path"),
+        "not a model": (tmp_path / "empty", "holds no config.json"),
+        "hub name": ("someone/some-model", "someone/some-model is neither a local path nor"),
+        "not a GGUF file": (tmp_path / "fake.gguf", "fake.gguf"),
+    }[what]
+    more = {"convert": [out], "calibrate": [out], "generate": ["hello"]}.get(command, [])
+    assert_refused(care_main(command, model, *more), words, out)
+
+
+BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "budget 0": (["--kv-budget", "0"], "kv budget 0.0 must lie in (0, 1]"),
+    "budget over 1": (["--kv-budget", "1.5"], "kv budget 1.5 must lie in (0, 1]"),
+    "negative budget": (["--kv-budget", "-0.5"], "must lie in (0, 1]"),
+    "budget that is no number": (["--kv-budget", "nan"], "must lie in (0, 1]"),
+    "budget too small": (["--kv-budget", "0.25"], "raise --kv-budget above 0.281"),
+    "budget of less than one value": (["--recipe", "palu", "--kv-budget", "0.01"], "leaves 0.3 values"),
+    "unknown recipe": (["--recipe", "care-u2"], "did you mean 'care-u'?"),
+    "missing recipe file": (["--recipe", "absent.toml"], "cannot read recipe absent.toml"),
+    "missing text": (["--calibration", "absent.txt"], "no such text file: absent.txt"),
+    "format that cannot hold it": (["--mode", "rebuild", "--format", "deepseek"], "cannot rebuild keys"),
+    "format without its own rope table": (["--kv-budget", "1.0", "--format", "deepseek"], "--format native"),
+    "dtype too small": (["--dtype", "float16"], "float16"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_OPTIONS))
+def test_bad_options(tiny: TinyModels, care_main: Run, tmp_path: Path, name: str) -> None:
+    options, words = BAD_OPTIONS[name]
+    out = tmp_path / "out"
+    assert_refused(care_main("convert", tiny.directory("llama-gqa"), out, *options), words, out)
+
+
+BAD_RECIPES = {
+    "unknown key": ('[factorization]\nmethod = "whitened"\nshrinkag = 0.1\n', "did you mean 'shrinkage'?"),
+    "unknown section": ('[factorisation]\nmethod = "svd"\n', "did you mean 'factorization'?"),
+    "unknown method": ('[factorization]\nmethod = "whiten"\n', "did you mean 'whitened'?"),
+    "not TOML": ("[factorization\n", "is not TOML"),
+    "wrong type": ('[factorization]\nmethod = "whitened"\nshrinkage = "much"\n', "factorization.shrinkage is 'much'"),
+    "out of range": ('[factorization]\nmethod = "whitened"\nshrinkage = 2.0\n', "must lie in [0, 1]"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_RECIPES))
+def test_bad_recipe_files(tiny: TinyModels, care_main: Run, tmp_path: Path, name: str) -> None:
+    content, words = BAD_RECIPES[name]
+    recipe, out = tmp_path / "recipe.toml", tmp_path / "out"
+    recipe.write_text(content)
+    assert_refused(care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", recipe), words, out)
+
+
+def test_text_too_short(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    text, out = tmp_path / "short.txt", tmp_path / "out"
+    text.write_text("too short")
+    source = tiny.directory("llama-gqa")
+    words = "the text has 9 tokens, 128 windows of 256 need 32768"
+    assert_refused(care_main("convert", source, out, "--calibration", text), words, out)
+    assert_refused(care_main("calibrate", source, out, "--text", text), words, out)
+    words = "the text has 9 tokens, 24 windows of 1024 need 24576"
+    assert_refused(care_main("eval", source, "--text", text), words, out)
+    assert_refused(care_main("compare", source, "--text", text, "--recipes", "palu"), words, out)
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate"])
+def test_infinite_activations(tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path, command: str) -> None:
+    """Every weight is finite, their products are not."""
+    source = damaged(tiny, tmp_path, with_tensor("model.layers.1.input_layernorm.weight", infinite))
+    out = tmp_path / "out"
+    option = "--calibration" if command == "convert" else "--text"
+    outcome = care_main(command, source, out, option, text_file, *SAMPLES)
+    assert_refused(outcome, "activations of layer 1 are NaN or Inf", out, worked=True)
+
+
+def test_infinite_logits(tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path) -> None:
+    source = damaged(tiny, tmp_path, with_tensor("model.norm.weight", infinite))
+    outcome = care_main("eval", source, "--text", text_file, "--window", 32, "--windows", 1)
+    assert_refused(outcome, "gives NaN or infinite logits", tmp_path / "out", worked=True)
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate"])
+def test_output_not_empty(tiny: TinyModels, care_main: Run, tmp_path: Path, command: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    outcome = care_main(command, tiny.directory("llama-gqa"), out)
+    assert outcome.code == EXIT_ERROR
+    assert outcome.stderr.startswith("care: error: output ")
+    assert "is not empty" in outcome.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "mine").read_text() == "precious"
+
+
+def test_output_that_is_a_file(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    outcome = care_main("convert", tiny.directory("llama-gqa"), tmp_path / "out", "--recipe", "palu")
+    assert outcome.code == EXIT_ERROR
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_output_under_a_file(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    out = tmp_path / "file" / "out"
+    outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
+    assert_refused(outcome, "cannot write", out, worked=True)
+
+
+def test_an_empty_output_directory_is_used(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert care_main("convert", tiny.directory("llama-gqa"), tmp_path / "out", "--recipe", "palu").code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_disk_known_to_be_too_small(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    out = tmp_path / "out"
+    outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
+    assert_refused(outcome, "0.0 GB free, the output needs", out)
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate"])
+def test_disk_full_while_tensors_are_written(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path, command: str
+) -> None:
+    """The second file does not fit."""
+    saved: list[Path] = []
+
+    def save(tensors: Any, file: Path, metadata: Any) -> None:
+        if saved:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(file)
+        save_file(tensors, file, metadata)
+
+    monkeypatch.setattr("care.checkpoint.save_file", save)
+    out = tmp_path / "out"
+    option = "--calibration" if command == "convert" else "--text"
+    outcome = care_main(command, tiny.directory("llama-gqa"), out, option, text_file, *SAMPLES)
+    assert_refused(outcome, "the disk is full", out, worked=True)
+    assert saved
+
+
+def test_disk_full_while_the_tokenizer_is_copied(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self: Path, _: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    out = tmp_path / "out"
+    outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
+    assert_refused(outcome, "cannot write", out, worked=True)
+
+
+def test_interrupt_in_the_middle(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first layer is on disk."""
+    real, done = care.conversion.factorize, []
+    out = tmp_path / "out"
+
+    def factorize(*arguments: Any) -> Any:
+        if done:
+            assert list((tmp_path / "out.partial").glob("*.safetensors"))
+            raise KeyboardInterrupt
+        done.append(True)
+        return real(*arguments)
+
+    monkeypatch.setattr(care.conversion, "factorize", factorize)
+    outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
+    assert_refused(outcome, "interrupted; no output was written", out, worked=True)
+    assert done
+
+
+def test_the_remains_of_a_killed_run_are_replaced(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model-00009-of-00009.safetensors").write_text("half a file")
+    assert care_main("convert", tiny.directory("llama-gqa"), tmp_path / "out", "--recipe", "palu").code == 0
+    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out" / "model-00009-of-00009.safetensors").exists()
+
+
+def test_the_process_itself_exits_with_2(tmp_path: Path) -> None:
+    """Through `python -m care`, as a shell sees it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "care", "convert", str(tmp_path / "absent"), str(tmp_path / "out")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), "no such path", tmp_path / "out")
+
+
+def test_inspect(tiny: TinyModels, care_main: Run) -> None:
+    facts = care_main("inspect", tiny.directory("llama-gqa"), "--json", "-").json
+    expected = {
+        "model_type": "llama", "layers": 3, "hidden_size": 32, "query_heads": 4, "key_value_heads": 2, "head_dim": 8,
+        "cache_width_per_layer": 32, "formats": "deepseek: yes, native: yes",
+    }  # fmt: skip
+    assert {key: facts[key] for key in expected} == expected
+    half = next(row for row in facts["cache"] if row["kept"] == 0.5)
+    assert (half["values_per_token"], half["bytes_per_token"]) == (48, 96)
+    assert half["gib_at_32k"] == 96 * 32768 / 2**30
+    refused = care_main("inspect", tiny.directory("mistral-window"), "--json", "-").json["formats"]
+    assert "deepseek: no (format deepseek has no sliding window" in refused
+
+
+def test_convert_inspect_eval_generate(tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path) -> None:
+    """One model through every command, numbers against each other."""
+    source, stats, out = tiny.directory("llama-gqa"), tmp_path / "stats", tmp_path / "out"
+    info = care_main("calibrate", source, stats, "--text", text_file, *SAMPLES, "--json", "-").json
+    assert (info["num_windows"], info["window"], info["num_layers"]) == (NUM_WINDOWS, WINDOW, 3)
+    report = care_main("convert", source, out, "--recipe", "care-u", "--calibration", stats, "--json", "-").json
+    assert report["recipe"]["name"] == "care-u"
+    assert report["mean_cache_width"] == 16
+    assert care_main("inspect", out, "--json", "-").json == report
+    assert json.loads((out / "conversion.json").read_text()) == report
+
+    measured = care_main(
+        "eval", out, "--against", source, "--text", text_file, "--window", 32, "--windows", 4, "--json", "-"
+    ).json["models"]
+    assert measured[str(source)]["kl"] == 0
+    assert measured[str(out)]["kl"] > 0
+    assert measured[str(out)]["predictions"] == 4 * 31
+    assert measured[str(out)]["cache_bytes_per_token"] * 2 == measured[str(source)]["cache_bytes_per_token"]
+
+    said = care_main("generate", out, "abc", "--max-new-tokens", 5, "--json", "-").json
+    assert said["prompt"] == "abc"
+    assert care_main("generate", out, "abc", "--max-new-tokens", 5).stdout.strip() == said["text"].strip()
+
+
+def test_calibration_by_text_is_calibration_by_directory(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path
+) -> None:
+    source = tiny.directory("llama-gqa")
+    care_main("calibrate", source, tmp_path / "stats", "--text", text_file, *SAMPLES)
+    care_main("convert", source, tmp_path / "a", "--recipe", "care-mla", "--calibration", text_file, *SAMPLES)
+    care_main("convert", source, tmp_path / "b", "--recipe", "care-mla", "--calibration", tmp_path / "stats")
+    first, second = (
+        {p.name: p.read_bytes() for p in (tmp_path / n).iterdir() if p.name != "conversion.json"} for n in "ab"
+    )
+    assert first == second
+
+
+def test_statistics_of_another_model_are_refused(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path
+) -> None:
+    care_main("calibrate", tiny.directory("llama3-rope"), tmp_path / "stats", "--text", text_file, *SAMPLES)
+    out = tmp_path / "out"
+    outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--calibration", tmp_path / "stats")
+    assert_refused(outcome, "was calibrated on", out)
+
+
+def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:
+    """All recipes by default; a row that cannot be had says why; the JSON has every number of the table."""
+    source = tiny.directory("llama-gqa")
+    options = ("--calibration", text_file, *SAMPLES, "--text", text_file, "--window", 32, "--windows", 2)
+    table = care_main("compare", source, "--kv-budgets", "0.5,0.25", *options, "--json", "-").json
+    assert len(table["rows"]) == 2 * len(recipe_names())
+    assert {row["recipe"] for row in table["rows"] if "refused" in row} == {"transmla", "care-mla"}
+    for row in table["rows"]:
+        if "refused" not in row:
+            assert row["cache_values_per_token"] == row["kv_budget"] * 32 * 3
+            assert row["excess"] == pytest.approx(row["nll"] - table["source"]["nll"])
+    everything_refused = care_main("compare", source, "--kv-budgets", "0.01", *options)
+    assert everything_refused.code == EXIT_ERROR
+
+
+def test_json_to_a_file_and_text_to_the_screen(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    outcome = care_main("inspect", tiny.directory("llama-gqa"), "--json", tmp_path / "facts.json")
+    assert json.loads((tmp_path / "facts.json").read_text())["layers"] == 3
+    assert "cache width per layer" in outcome.stdout
+    refused = care_main("inspect", tiny.directory("llama-gqa"), "--json", tmp_path / "absent" / "facts.json")
+    assert (refused.code, "cannot write" in refused.stderr) == (EXIT_ERROR, True)
+
+
+def test_profile_is_drawn(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "out", tmp_path / "profile.png"
+    care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
+    outcome = care_main("inspect", out, "--plot", picture)
+    assert outcome.code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = [line for line in outcome.stdout.splitlines() if "\u2588" in line and "latent" not in line]
+    assert [row.split()[2:] for row in rows] == [["16", "8", "+", "8"]] * 3
+    refused = care_main("inspect", tiny.directory("llama-gqa"), "--plot", picture)
+    assert_refused(refused, "is not a converted model", tmp_path / "absent")
+
+
+def test_no_command_runs_pickles(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    """Not even the commands that leave loading to transformers."""
+    source = damaged(tiny, tmp_path, only_pickles)
+    for command in (["eval", source], ["generate", source, "hello"]):
+        outcome = care_main(*command, *(["--window", 32, "--windows", 1] if command[0] == "eval" else []))
+        assert outcome.code == EXIT_ERROR, command
+        assert outcome.stderr.splitlines()[-1].startswith("care: error: ")
+        assert "safetensors" in outcome.stderr
+
+
+def test_code_in_a_checkpoint_is_not_run(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    """A config that asks for its own modeling code."""
+    source = damaged(
+        tiny, tmp_path,
+        with_config(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}),
+    )  # fmt: skip
+    marker = tmp_path / "ran"
+    (source / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Config: pass\nclass Model: pass\n")
+    for command in (["convert", source, tmp_path / "out"], ["eval", source], ["generate", source, "hello"]):
+        assert care_main(*command).code == EXIT_ERROR
+    assert not marker.exists()

@@ -1,0 +1,86 @@
+"""Perplexity, KL and agreement against direct computations; the live cache against hand-made ones."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import TinyModels
+from tolerances import assert_numbers
+from torch import Tensor
+
+from care.errors import BadInput
+from care.evaluation import generate_text, live_cache, measure
+from care.evaluation.quality import CHUNK
+
+VOCABULARY = 11
+
+
+def model(seed: int) -> Any:
+    """Logits that depend on the token alone."""
+    table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+    return lambda tokens_BT: table[tokens_BT]
+
+
+def windows(batch: int, length: int) -> Tensor:
+    """Random tokens."""
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("length", [2, 17, CHUNK + 1, CHUNK + 40])
+def test_perplexity_is_the_direct_one(length: int) -> None:
+    tokens = windows(3, length)
+    logits = model(1)(tokens)[:, :-1].double()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    found = measure({"a": model(1)}, tokens)["a"]
+    assert found.predictions == 3 * (length - 1)
+    assert_numbers(found.nll, float(nll.mean()), "fp32 nats")
+    assert_numbers(math.log(found.perplexity), float(nll.mean()), "fp32 nats")
+    assert_numbers(found.nll_error, float(nll.std(correction=0)) / math.sqrt(len(nll)), "fp32 nats")
+    assert found.kl is None
+    assert found.top1_agreement is None
+
+
+def test_kl_is_from_the_reference() -> None:
+    """KL(reference || model), the mean over predictions."""
+    tokens = windows(2, CHUNK + 20)
+    p, q = (model(seed)(tokens)[:, :-1].double().log_softmax(-1).flatten(0, 1) for seed in (1, 2))
+    found = measure({"q": model(2), "p": model(1)}, tokens, reference="p")
+    expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+    backward = torch.nn.functional.kl_div(p, q, log_target=True, reduction="batchmean")
+    assert found["q"].kl is not None
+    assert_numbers(found["q"].kl, float(expected), "fp32 nats")
+    assert abs(float(expected - backward)) > 0.01
+    assert found["q"].top1_agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    assert (found["p"].kl, found["p"].top1_agreement) == (0.0, 1.0)
+
+
+def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
+    found = measure({"flat": lambda tokens: torch.zeros(*tokens.shape, VOCABULARY)}, windows(1, 9))["flat"]
+    assert_numbers(found.perplexity, float(VOCABULARY), "fp32 nats")
+    assert found.nll_error == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_logits_name_the_model(value: float) -> None:
+    with pytest.raises(BadInput, match="model broken gives NaN or infinite logits"):
+        measure({"broken": lambda tokens: torch.full((*tokens.shape, VOCABULARY), value)}, windows(1, 9))
+
+
+def test_live_cache_of_a_source(tiny: TinyModels) -> None:
+    """2 * G * d values in each of three layers, four bytes each."""
+    used = live_cache(tiny.source_model("llama-gqa"), 10)
+    assert (used.values_per_token, used.bytes_per_token) == (3 * 2 * 2 * 8, 3 * 2 * 2 * 8 * 4)
+    half = live_cache(tiny.source_model("llama-gqa").bfloat16(), 10)
+    tiny.source_model("llama-gqa").float()
+    assert half.bytes_per_token == used.bytes_per_token / 2
+
+
+def test_generated_text_is_the_greedy_continuation(tiny: TinyModels) -> None:
+    source = tiny.source("llama-gqa")
+    text = generate_text(source.model, source.tokenizer, "abc def", max_new_tokens=6)
+    tokens = source.tokens("abc def")[None]
+    for _ in range(6):
+        with torch.inference_mode():
+            tokens = torch.cat((tokens, source.logits(tokens)[:, -1:].argmax(-1)), 1)
+    assert text == source.tokenizer.decode(tokens[0, 7:], skip_special_tokens=True)

@@ -1,0 +1,98 @@
+"""Statistics on disk: a round trip, and refusing what does not fit."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TinyModels
+
+from care.calibration import Calibration, is_calibration, load_calibration, save_calibration
+from care.conversion import CalibrationRequest, calibrate
+from care.errors import BadInput
+
+
+@pytest.fixture
+def saved(tiny: TinyModels, tmp_path: Path) -> tuple[Calibration, Path]:
+    """Statistics and where they were saved."""
+    calibration = tiny.calibration("llama-gqa")
+    save_calibration(calibration, tmp_path / "stats")
+    return calibration, tmp_path / "stats"
+
+
+def test_round_trip_is_bit_identical(saved: tuple[Calibration, Path]) -> None:
+    before, directory = saved
+    after = load_calibration(directory)
+    assert is_calibration(directory)
+    assert after.info == before.info
+    assert torch.equal(after.windows_BT, before.windows_BT)
+    assert len(after.layers) == len(before.layers) == 3
+    for one, other in zip(before.layers, after.layers, strict=True):
+        assert one.num_tokens == other.num_tokens
+        assert torch.equal(one.input_moment_DD, other.input_moment_DD)
+        assert torch.equal(one.input_magnitude_D, other.input_magnitude_D)
+
+
+def test_layers_are_a_sequence(saved: tuple[Calibration, Path]) -> None:
+    layers = load_calibration(saved[1]).layers
+    assert [s.num_tokens for s in layers[1:]] == [layers[1].num_tokens, layers[2].num_tokens]
+    with pytest.raises(IndexError):
+        _ = layers[3]
+
+
+def test_saved_statistics_are_used_by_their_source(tiny: TinyModels, saved: tuple[Calibration, Path]) -> None:
+    again = calibrate(tiny.source("llama-gqa"), CalibrationRequest(str(saved[1])))
+    assert again.info == saved[0].info
+
+
+@pytest.mark.parametrize("other", ["llama-mha", "llama3-rope", "mistral"])
+def test_statistics_of_another_source_are_refused(
+    tiny: TinyModels, saved: tuple[Calibration, Path], other: str
+) -> None:
+    """Also of one with the same shapes."""
+    with pytest.raises(BadInput, match=r"was calibrated on .*llama-gqa, not on .*" + other):
+        calibrate(tiny.source(other), CalibrationRequest(str(saved[1])))
+
+
+def test_the_same_weights_elsewhere_are_the_same_source(
+    tiny: TinyModels, saved: tuple[Calibration, Path], tmp_path: Path
+) -> None:
+    from care.source import open_source
+
+    moved = shutil.copytree(tiny.directory("llama-gqa"), tmp_path / "moved")
+    assert calibrate(open_source(str(moved)), CalibrationRequest(str(saved[1]))).info == saved[0].info
+
+
+def test_a_missing_layer_is_named(saved: tuple[Calibration, Path]) -> None:
+    (saved[1] / "layer-00001.safetensors").unlink()
+    layers = load_calibration(saved[1]).layers
+    _ = layers[0]
+    with pytest.raises(BadInput, match=r"layer-00001\.safetensors is missing or damaged.*calibrate again"):
+        _ = layers[1]
+
+
+def test_damaged_tokens_are_named(saved: tuple[Calibration, Path]) -> None:
+    (saved[1] / "tokens.safetensors").write_bytes(b"1")
+    with pytest.raises(BadInput, match=r"tokens\.safetensors is missing or damaged"):
+        load_calibration(saved[1])
+
+
+def test_another_versions_explanation_is_refused(saved: tuple[Calibration, Path]) -> None:
+    file = saved[1] / "calibration.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "new_key": 1}))
+    with pytest.raises(BadInput, match="not of this version of care; calibrate again"):
+        load_calibration(saved[1])
+
+
+def test_an_occupied_directory_is_refused(saved: tuple[Calibration, Path]) -> None:
+    with pytest.raises(BadInput, match="is not empty"):
+        save_calibration(replace(saved[0], layers=[]), saved[1])
+    assert len(load_calibration(saved[1]).layers) == 3
+
+
+def test_other_directories_are_no_statistics(tiny: TinyModels, tmp_path: Path) -> None:
+    assert not is_calibration(tmp_path)
+    assert not is_calibration(tmp_path / "absent")
+    assert not is_calibration(tiny.text_file)

@@ -1,0 +1,103 @@
+"""Texts and the windows cut from them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from care.calibration import TEXTS, first_windows, load_text, sampled_windows
+from care.errors import BadInput
+
+TEXT = "naïve text\nof two lines\n"
+ROWS = [{"text": "one"}, {"text": "two"}]
+
+
+def test_plain_and_gzipped_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    assert load_text(str(tmp_path / "a.txt")) == TEXT
+    assert load_text(str(tmp_path / "a.txt.gz")) == TEXT
+
+
+def test_rows_are_joined_by_blank_lines(tmp_path: Path) -> None:
+    content = "\n".join(map(json.dumps, ROWS)) + "\n\n"
+    (tmp_path / "a.jsonl").write_text(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert load_text(str(tmp_path / name)) == "one\n\ntwo"
+
+
+@pytest.mark.parametrize("row", ["{", '{"body": "x"}', "[1]", '"text"', '{"text": 1}'])
+def test_rows_without_text_are_refused(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + row)
+    with pytest.raises(BadInput, match='every row must be a JSON object with a "text" key'):
+        load_text(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", b"\xff\xfe\xfa"), ("a.gz", b"not gzip"), ("b.gz", b"\x1f\x8b")]
+)
+def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"cannot read text .*{name}"):
+        load_text(str(tmp_path / name))
+
+
+def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(TEXT.encode() * 100))
+    content[15:25] = b"\x00" * 10
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    with pytest.raises(BadInput, match="cannot read text"):
+        load_text(str(tmp_path / "a.txt.gz"))
+
+
+def test_missing_file_names_the_named_texts() -> None:
+    with pytest.raises(BadInput, match=r"no such text file: absent \(named texts: python-help, python-help-heldout\)"):
+        load_text("absent")
+
+
+def test_named_texts_are_disjoint() -> None:
+    from pydoc_data.topics import topics
+
+    train, held_out = (load_text(name) for name in TEXTS)
+    names = sorted(topics)
+    for index, name in enumerate(names):
+        assert (topics[name] in held_out, topics[name] in train) == (index % 4 == 3, index % 4 != 3) or any(
+            topics[name] in topics[other] for other in names if other != name
+        )
+    assert len(train) > 2 * len(held_out) > 50_000
+
+
+def test_first_windows_follow_one_another() -> None:
+    assert first_windows(torch.arange(11), 3, 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_sampled_windows_are_windows_of_the_text_without_repetition() -> None:
+    tokens = torch.arange(103)
+    drawn = sampled_windows(tokens, 10, 6, seed=1)
+    starts = drawn[:, 0].tolist()
+    assert torch.equal(drawn, torch.tensor(starts)[:, None] + torch.arange(10))
+    assert all(start % 10 == 0 and start < 100 for start in starts)
+    assert len(set(starts)) == 6
+    assert starts == sorted(starts)
+
+
+def test_sampling_is_fixed_by_its_seed() -> None:
+    tokens = torch.arange(1000)
+    draws = [sampled_windows(tokens, 10, 6, seed).tolist() for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_all_windows_can_be_asked_for() -> None:
+    assert torch.equal(sampled_windows(torch.arange(30), 10, 3, seed=0), torch.arange(30).view(3, 10))
+
+
+@pytest.mark.parametrize("cut", [lambda t, n, c: first_windows(t, n, c), lambda t, n, c: sampled_windows(t, n, c, 0)])
+def test_a_text_too_short_says_by_how_much(cut) -> None:
+    with pytest.raises(BadInput, match="the text has 29 tokens, 3 windows of 10 need 30"):
+        cut(torch.arange(29), 10, 3)
+    for length, count in ((1, 3), (10, 0)):
+        with pytest.raises(BadInput, match="need at least 1 window of 2 tokens"):
+            cut(torch.arange(29), length, count)
