@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from care.allocation import Greedy, Uniform
+from care.allocation import Greedy, Threshold, Uniform
 from care.errors import InvalidRecipe
-from care.factorization import Asvd, Svd, Whitened
+from care.factorization import Asvd, Svd, TwoSided, Whitened
 from care.recipe import Recipe, load_recipe, parse_recipe, recipe_names
-from care.rope_split import KeepAll, RoRope
+from care.rope_split import MeanPhase, RoRope
 
 SHIPPED: dict[str, tuple[Any, ...]] = {
     "palu": ("rebuild", "native", Svd(), Uniform()),
@@ -21,8 +21,14 @@ SHIPPED: dict[str, tuple[Any, ...]] = {
     "care-e": ("rebuild", "native", Whitened(shrinkage=0.01), Greedy(0.5, 2.0)),
     "transmla": ("absorbed", "deepseek", Whitened(shrinkage=0.0, joint=True, balanced=True), Uniform()),
     "care-mla": ("absorbed", "deepseek", Whitened(shrinkage=0.01, joint=True), Uniform()),
+    "best": ("absorbed", "native", TwoSided(), Threshold()),
+    "best-rebuild": ("rebuild", "native", TwoSided(), Threshold()),
+    "best-deepseek": ("absorbed", "deepseek", TwoSided(), Uniform()),
 }
-"""What each paper's method comes to."""
+"""What each paper's method, and each of our own, comes to."""
+
+SPLITS = {"best": MeanPhase(), "best-deepseek": MeanPhase(dims=48, one_per_frequency=True)}
+"""Rope splits other than TransMLA's."""
 
 
 def read(tmp_path: Path, content: str) -> Recipe:
@@ -40,7 +46,7 @@ def test_shipped_recipes_are_their_papers(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.mode, recipe.format, recipe.factorization, recipe.allocation) == SHIPPED[name]
     if recipe.mode == "absorbed":
-        assert recipe.rope == RoRope(dims=64, folding="auto")
+        assert recipe.rope == SPLITS.get(name, RoRope(dims=64, folding="auto"))
 
 
 def test_a_file_is_read_whole(tmp_path: Path) -> None:

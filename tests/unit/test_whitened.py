@@ -116,7 +116,7 @@ def test_asvd_scales_input_channels(rank: int, exponent: float) -> None:
 def test_transmla_is_a_balanced_pca_of_activations(rank: int) -> None:
     """Keys without rope are divided by the ratio of mean RMS, then one PCA of the outputs [K | V] of the text."""
     weights, x_TD = random_layer(SIZE), random_inputs(90, SIZE.D)
-    split = RoRope(dims=6)(weights, stats_of(x_TD))
+    split = RoRope(dims=6)(weights, stats_of(x_TD)).split(SIZE.K // 2)
     keys_TM, values_TE = x_TD @ split.rest_MD.T, x_TD @ exact()[1]
     ratio = keys_TM.square().mean(0).sqrt().mean() / values_TE.square().mean(0).sqrt().mean()
     both_TX = torch.cat((keys_TM / ratio, values_TE), 1)
