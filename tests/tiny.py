@@ -48,6 +48,11 @@ TINY: dict[str, dict[str, Any]] = {
         "model_type": "llama", "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
         "rope_parameters": LLAMA3_ROPE,
     },
+    "llama-wide": {
+        # Keys and values of 48 values each from 32 inputs: no more than 32 directions exist.
+        "model_type": "llama", "num_key_value_heads": 2, "head_dim": 24, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
     "llama-mha": {
         "model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
     },

@@ -41,8 +41,8 @@ STATISTICS = frozenset({"inputs", "gradients", "distances"})
 class CalibrationRequest:
     """What to calibrate on: a text by name or file and how much of it, or a directory of saved statistics.
 
-    Attention distances are taken on `num_contexts` windows of `context` tokens from the start of the text:
-    as long as the contexts that will be served.
+    Attention distances are taken on windows of `context` tokens from the start of the text, as long as the
+    contexts that will be served: `num_contexts` of them, fewer where the text is shorter.
     """
 
     text: str
@@ -101,7 +101,8 @@ def calibrate(
     start = time.perf_counter()
     tokens_T = source.tokens(load_text(request.text))
     windows_BT = sampled_windows(tokens_T, request.window, request.num_windows, request.seed)
-    contexts_BT = first_windows(tokens_T, request.context, request.num_contexts) if "distances" in needs else None
+    num_contexts = max(min(request.num_contexts, len(tokens_T) // request.context), 1)
+    contexts_BT = first_windows(tokens_T, request.context, num_contexts) if "distances" in needs else None
     layers = collect_moments(source.model, source.attention_paths, windows_BT, track=track)
     if "gradients" in needs:
         moments = collect_gradients(source.model, source.key_value_paths, windows_BT, seed=request.seed, track=track)

@@ -11,6 +11,7 @@ from torch import Tensor
 from care.attention import latent_attention, source_attention
 from care.errors import InvalidRecipe
 from care.factorization import Svd, factorize
+from care.recipe import load_recipe
 from care.rope_split import ROPE_SPLITS, KeepAll, MeanPhase, RopeSplit, RoRope, Slots
 from care.types import AttentionSpec, KeySplit, LayerRanks
 
@@ -128,3 +129,13 @@ def test_foldings_that_cannot_be_are_refused() -> None:
         RoRope(dims=4, folding=1).frequencies(spec)
     with pytest.raises(InvalidRecipe, match="at least 2"):
         RoRope(dims=1).frequencies(spec)
+
+
+@pytest.mark.parametrize("pairs", [4, 6, 16, 32, 48, 64, 128])
+def test_the_default_split_fits_every_head(pairs: int) -> None:
+    """What a recipe without a rope section gets in absorbed mode."""
+    size = LayerSize(K=2 * pairs)
+    table = tuple(100.0 ** (-m / pairs) for m in range(pairs))
+    frequencies = load_recipe("palu", mode="absorbed").rope.frequencies(spec_of(size, table))
+    assert 2 * len(frequencies) <= 64
+    assert pairs % len(frequencies) == 0

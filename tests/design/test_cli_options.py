@@ -5,12 +5,12 @@ import pytest
 
 from care.cli import COMMANDS, group
 
-CALIBRATION = ["--samples", "--length", "--seed"]
+CALIBRATION = ["--samples", "--length", "--seed", "--context"]
 TEXT = ["--text", "--window", "--windows"]
 
 OPTIONS = {
     "inspect": ["model", "--plot", "--json"],
-    "calibrate": ["model", "stats", "--text", *CALIBRATION, "--device", "--json"],
+    "calibrate": ["model", "stats", "--text", *CALIBRATION, "--recipes", "--device", "--json"],
     "convert": [
         "model", "out_dir", "--recipe", "--kv-budget", "--calibration", *CALIBRATION, "--mode", "--format", "--dtype",
         "--device", "--json",
@@ -46,7 +46,7 @@ def test_everything_is_explained(name: str) -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     defaults = {p.opts[0]: p.default for p in command("convert").params}
-    assert (defaults["--recipe"], defaults["--kv-budget"]) == ("care-mla", 0.5)
+    assert (defaults["--recipe"], defaults["--kv-budget"]) == ("best", 0.5)
     assert (defaults["--samples"], defaults["--length"], defaults["--seed"]) == (128, 256, 42)
     defaults = {p.opts[0]: p.default for p in command("eval").params}
     assert (defaults["--window"], defaults["--windows"]) == (1024, 24)

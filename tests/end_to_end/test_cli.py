@@ -19,7 +19,7 @@ import care.cli
 import care.conversion
 from care.recipe import recipe_names
 
-SAMPLES = ("--samples", str(NUM_WINDOWS), "--length", str(WINDOW))
+SAMPLES = ("--samples", str(NUM_WINDOWS), "--length", str(WINDOW), "--context", str(2 * WINDOW))
 EXIT_ERROR = 2
 Edit = Callable[[Path], object]
 
@@ -308,6 +308,35 @@ def test_an_empty_output_directory_is_used(tiny: TinyModels, care_main: Run, tmp
     (tmp_path / "out").mkdir()
     assert care_main("convert", tiny.directory("llama-gqa"), tmp_path / "out", "--recipe", "palu").code == 0
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_the_working_directory_can_be_the_output(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert care_main("convert", tiny.directory("llama-gqa"), ".", "--recipe", "palu").code == 0
+    assert (tmp_path / "here" / "config.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate", "eval", "generate"])
+def test_a_device_that_is_not_there(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path, command: str
+) -> None:
+    out = tmp_path / "out"
+    more = {
+        "convert": [out, "--recipe", "care-u", "--calibration", text_file, *SAMPLES],
+        "calibrate": [out, "--text", text_file, *SAMPLES],
+        "eval": ["--text", text_file, "--window", 32, "--windows", 1],
+        "generate": ["hello"],
+    }[command]
+    outcome = care_main(command, tiny.directory("llama-gqa"), *more, "--device", "warp:9")
+    assert_refused(outcome, "warp:9", out)
+
+
+def test_an_empty_prompt(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    assert_refused(care_main("generate", tiny.directory("llama-gqa"), ""), "prompt", tmp_path / "out")
 
 
 def test_disk_known_to_be_too_small(

@@ -37,6 +37,8 @@ CASES = [
     Case("llama-gqa", "care-e", 0.625, "absorbed", "native"),
     Case("llama3-rope", "transmla", 0.5, "absorbed", "native"),
     Case("llama3-rope", "asvd", 0.5, "rebuild", "native"),
+    Case("llama-wide", "transmla", 0.5, "absorbed", "native"),
+    Case("llama-wide", "care-u", 0.5, "rebuild", "native"),
     Case("llama-mha", "mha2mla", 0.25, "rebuild", "native"),
     Case("llama-mha", "transmla", 0.5, "absorbed", "deepseek"),
     Case("llama-mqa", "care-u", 0.75, "absorbed", "native"),

@@ -9,7 +9,7 @@ from care.allocation import Greedy, Threshold, Uniform
 from care.errors import InvalidRecipe
 from care.factorization import Asvd, Svd, TwoSided, Whitened
 from care.recipe import Recipe, load_recipe, parse_recipe, recipe_names
-from care.rope_split import MeanPhase, RoRope
+from care.rope_split import KeepAll, MeanPhase, RoRope
 
 SHIPPED: dict[str, tuple[Any, ...]] = {
     "palu": ("rebuild", "native", Svd(), Uniform()),
