@@ -182,8 +182,8 @@ class DirectoryWriter:
     """Writes into `OUT.partial` and renames it when complete; on any failure nothing is left behind."""
 
     def __init__(self, out_dir: Path) -> None:
-        self.out_dir = out_dir
-        self.partial = out_dir.with_name(out_dir.name + ".partial")
+        self.out_dir = out_dir.absolute()
+        self.partial = self.out_dir.with_name(self.out_dir.name + ".partial")
 
     def __enter__(self) -> Self:
         check_output_free(self.out_dir)

@@ -13,7 +13,7 @@ from .architectures import architecture_for
 from .architectures.base import Architecture
 from .checkpoint import SafetensorsReader, StateReader, TensorReader
 from .errors import BadInput
-from .modeling.loading import Location, expected_shapes, load_config, load_model, load_tokenizer, locate
+from .modeling.loading import Location, check_device, expected_shapes, load_config, load_model, load_tokenizer, locate
 from .types import AttentionSpec, AttentionWeights
 
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -109,4 +109,4 @@ def open_source(name: str, device: str = "cpu") -> Source:
     location = locate(name)
     config = load_config(location)
     architecture = architecture_for(config)
-    return Source(name, location, config, architecture, architecture.spec(config), device)
+    return Source(name, location, config, architecture, architecture.spec(config), check_device(device))

@@ -213,14 +213,14 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "budget over 1": (["--kv-budget", "1.5"], "kv budget 1.5 must lie in (0, 1]"),
     "negative budget": (["--kv-budget", "-0.5"], "must lie in (0, 1]"),
     "budget that is no number": (["--kv-budget", "nan"], "must lie in (0, 1]"),
-    "budget too small": (["--kv-budget", "0.25"], "raise --kv-budget above 0.281"),
+    "budget too small": (["--recipe", "care-mla", "--kv-budget", "0.25"], "raise --kv-budget above 0.281"),
     "budget of less than one value": (["--recipe", "palu", "--kv-budget", "0.01"], "leaves 0.3 values"),
     "unknown recipe": (["--recipe", "care-u2"], "did you mean 'care-u'?"),
     "missing recipe file": (["--recipe", "absent.toml"], "cannot read recipe absent.toml"),
     "missing text": (["--calibration", "absent.txt"], "no such text file: absent.txt"),
     "format that cannot hold it": (["--mode", "rebuild", "--format", "deepseek"], "cannot rebuild keys"),
     "format without its own rope table": (["--kv-budget", "1.0", "--format", "deepseek"], "--format native"),
-    "dtype too small": (["--dtype", "float16"], "float16"),
+    "dtype too small": (["--format", "deepseek", "--recipe", "care-mla", "--dtype", "float16"], "float16"),
 }
 
 
@@ -484,7 +484,7 @@ def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:
     options = ("--calibration", text_file, *SAMPLES, "--text", text_file, "--window", 32, "--windows", 2)
     table = care_main("compare", source, "--kv-budgets", "0.5,0.25", *options, "--json", "-").json
     assert len(table["rows"]) == 2 * len(recipe_names())
-    assert {row["recipe"] for row in table["rows"] if "refused" in row} == {"transmla", "care-mla"}
+    assert {row["recipe"] for row in table["rows"] if "refused" in row} == {"best-deepseek", "care-mla", "transmla"}
     for row in table["rows"]:
         if "refused" not in row:
             assert row["cache_values_per_token"] == row["kv_budget"] * 32 * 3

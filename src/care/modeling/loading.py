@@ -74,9 +74,19 @@ def _check_gguf(location: Location) -> None:
             raise BadInput(f"{location.gguf_file} is not a GGUF file")
 
 
+def check_device(device: str) -> str:
+    """The device's name, or BadInput when this machine does not have it."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"no device {device!r} here ({_first_line(error)}); use --device cpu") from error
+    return device
+
+
 def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -> Any:  # noqa: ANN401
     """A causal language model in eval mode: a source, a deepseek output or a native one."""
     register()
+    check_device(device)
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             location.directory, dtype=dtype, trust_remote_code=False, **_weights_argument(location)

@@ -22,12 +22,12 @@ from .base import Slots
 class RoRope:
     """At most `dims` rotary values, one slot per `collapse` source frequencies.
 
-    `folding` is the number of frequencies that one PCA treats alike; "auto" is replaced by the best one
-    on the calibration text before conversion starts (care.folding).
+    `folding` is the number of frequencies that one PCA treats alike: the collapse or a doubling of it, 0 for the
+    collapse; "auto" is replaced by the best one on the calibration text before conversion starts (care.folding).
     """
 
     dims: int = 64
-    folding: int | Literal["auto"] = 1
+    folding: int | Literal["auto"] = 0
     needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
 
     def collapse(self, num_pairs: int) -> int:
@@ -49,7 +49,7 @@ class RoRope:
     def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
         """Every collapse-th frequency of the source; folding does not change the table."""
         collapse = self.collapse(spec.num_pairs)
-        if self.folding != "auto" and self.folding not in self.candidates(spec.num_pairs):
+        if self.folding not in ("auto", 0, *self.candidates(spec.num_pairs)):
             raise InvalidRecipe(
                 f"rope.folding is {self.folding}; with {spec.num_pairs} rotary pairs and {self.dims} dims "
                 f"it can be one of {', '.join(map(str, self.candidates(spec.num_pairs)))}"
@@ -62,12 +62,13 @@ class RoRope:
             raise ValueError("folding must be chosen, and input moments given, before a layer is split")
         G, K, _ = weights.k_GKD.shape
         collapse = self.collapse(K // 2)
+        folding = self.folding or collapse
         moment_EE = output_moment(weights.k_GKD.flatten(0, 1), stats.input_moment_DD)
         slots: list[Tensor] = []
         rest: list[Tensor] = []
-        for first in range(0, K // 2, self.folding):
-            basis_EC = band_components(moment_EE, G, K, torch.arange(first, first + self.folding))
-            kept = 2 * (self.folding // collapse)
+        for first in range(0, K // 2, folding):
+            basis_EC = band_components(moment_EE, G, K, torch.arange(first, first + folding))
+            kept = 2 * (folding // collapse)
             slots.append(basis_EC[:, :kept])
             rest.append(basis_EC[:, kept:])
         frequencies = weights.rope_frequencies[::collapse]
