@@ -21,8 +21,8 @@ from care.evaluation import generate_text, live_cache, measure
 from care.modeling.loading import load_model, locate
 from care.source import Source
 
-RECIPE, KV_BUDGET = "transmla", 0.5
-CALIBRATION, TEXT = "python-help", "python-help-heldout"
+RECIPE, KV_BUDGET = "best", 0.5
+CALIBRATION, TEXT, SAMPLES = "python-help", "python-help-heldout", 64
 WINDOW, WINDOWS = 1024, 16
 PROMPT = "The three primary colors are"
 
@@ -53,14 +53,14 @@ def main(out_dir: Path) -> None:
     """Convert, measure, show."""
     name = demo_model()
     model_dir = out_dir / "model"
-    out.print(
-        f"$ care convert {name} {model_dir} --recipe {RECIPE} --kv-budget {KV_BUDGET} --calibration {CALIBRATION}"
-    )
+    options = f"--recipe {RECIPE} --kv-budget {KV_BUDGET} --calibration {CALIBRATION} --samples {SAMPLES}"
+    out.print(f"$ care convert {name} {model_dir} {options}")
     source = open_source(name)
     with working("loading SmolLM2-135M-Instruct"):
         _ = source.reader
-    statistics = calibrate(source, CalibrationRequest(CALIBRATION), track=rich_track)
-    plan = plan_conversion(source, load_recipe(RECIPE), KV_BUDGET, statistics, track=rich_track)
+    recipe = load_recipe(RECIPE)
+    statistics = calibrate(source, CalibrationRequest(CALIBRATION, SAMPLES), recipe.needs, track=rich_track)
+    plan = plan_conversion(source, recipe, KV_BUDGET, statistics, track=rich_track)
     report = asdict(convert(plan, model_dir, track=rich_track))
     out.print(profile_text(report))
     plot_profile(report, out_dir / "profile.png")
