@@ -32,6 +32,9 @@ TOLERANCES = {
     "smollm2 logits": Tolerance(2e-3, 0.0, "30 layers in fp32, logits of size 10-30"),
 }
 
+VISIBLE = 1e-2
+"""Least difference of numbers of size 1-10 that counts as something lost: 100 times the widest logit tolerance."""
+
 
 def assert_close(actual: Tensor, expected: Tensor, kind: str) -> None:
     """Compare in the dtype of the wider one with the tolerance of that kind."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from tiny import CACHE_KEY, TINY, Case, TinyModels, random_tokens
-from tolerances import assert_close
+from tolerances import assert_close, assert_numbers
 
 from care.checkpoint import SafetensorsReader
 from care.errors import InvalidRecipe
@@ -156,7 +156,7 @@ def test_deepseek_norm_weight_is_exact_in_every_dtype() -> None:
     for size in (1e-3, 1.0, 300.0):
         factor, weight = latent_scale(torch.full((4, 6), size, dtype=torch.float64))
         assert float(torch.tensor(weight).bfloat16()) == weight
-        assert factor * weight / LATENT_NORM_EPS**0.5 == pytest.approx(1.0)
+        assert_numbers(factor * weight / LATENT_NORM_EPS**0.5, 1.0, "fp64")
 
 
 def test_deepseek_cache_holds_only_latents(tiny: TinyModels) -> None:

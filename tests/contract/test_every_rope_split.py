@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import LayerSize, random_inputs, random_layer, stats_of
-from tolerances import assert_close
+from tolerances import VISIBLE, assert_close
 from torch import Tensor
 
 from care.attention import latent_attention, source_attention
@@ -101,7 +101,7 @@ def test_rorope_loses_something_with_two_key_heads() -> None:
     """The test above has nothing to lose."""
     x_TD = random_inputs(60, SIZE.D)
     difference = full_rank(RoRope(dims=8), SIZE, x_TD) - source_attention(random_layer(SIZE), x_TD[:12])
-    assert difference.abs().max() > 1e-3
+    assert difference.abs().max() > VISIBLE
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from care.calibration import TEXTS, first_windows, load_text, sampled_windows
 from care.errors import BadInput
 
-TEXT = "naïve text\nof two lines\n"
+TEXT = "na\u00efve text\nof two lines\n"
 ROWS = [{"text": "one"}, {"text": "two"}]
 
 
