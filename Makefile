@@ -27,22 +27,14 @@ test: $(STAMP)
 	$(VENV)/bin/python -m pytest
 
 check: $(STAMP)
-	$(VENV)/bin/ruff format --check $(# The libraries below have progress bars of their own.
-QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
-CARE_SOURCES)
-	$(VENV)/bin/ruff check $(# The libraries below have progress bars of their own.
-QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
-CARE_SOURCES)
+	$(VENV)/bin/ruff format --check $(CARE_SOURCES)
+	$(VENV)/bin/ruff check $(CARE_SOURCES)
 	$(VENV)/bin/basedpyright
 	$(VENV)/bin/codespell
 
 format: $(STAMP)
-	$(VENV)/bin/ruff format $(# The libraries below have progress bars of their own.
-QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
-CARE_SOURCES)
-	$(VENV)/bin/ruff check --fix $(# The libraries below have progress bars of their own.
-QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
-CARE_SOURCES)
+	$(VENV)/bin/ruff format $(CARE_SOURCES)
+	$(VENV)/bin/ruff check --fix $(CARE_SOURCES)
 
 clean:
 	rm -rf $(VENV) demo-out
