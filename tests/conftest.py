@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
 from tiny import TinyModels
 
 NUM_THREADS = 1  # the models are so small that threads only wait for one another

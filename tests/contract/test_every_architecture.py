@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, TinyModels
-from tolerances import assert_close
 from torch import Tensor
 
 from care.architectures import ARCHITECTURES
@@ -14,6 +12,8 @@ from care.attention import source_attention
 from care.checkpoint import StateReader
 from care.errors import BadInput, UnsupportedModel
 from care.modeling.loading import expected_shapes
+from tiny import TINY, TinyModels
+from tolerances import assert_close
 
 EVERY = pytest.mark.parametrize("name", list(TINY))
 HIDDEN = 20

@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import LayerSize, random_inputs, random_layer, stats_of
-from tolerances import TOLERANCES, VISIBLE, assert_close, assert_numbers
 from torch import Tensor
 
 from care.attention import latent_attention, source_attention
@@ -18,6 +16,8 @@ from care.factorization.base import Targets
 from care.recipe import load_recipe, recipe_names
 from care.rope_split import KeepAll, RoRope, whole_keys
 from care.types import AttentionWeights, KeySplit, LatentAttention, LayerRanks, LayerStats
+from tiny import LayerSize, random_inputs, random_layer, stats_of
+from tolerances import TOLERANCES, VISIBLE, assert_close, assert_numbers
 
 NUM_INPUTS = 60
 LATENTS = {"separate": {"joint": False}, "joint": {"joint": True}, "balanced": {"joint": True, "balanced": True}}

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import CACHE_KEY, TINY, Case, TinyModels, random_tokens
-from tolerances import assert_close, assert_numbers
 
 from care.checkpoint import SafetensorsReader
 from care.errors import InvalidRecipe
@@ -19,6 +17,8 @@ from care.modeling.native import register
 from care.plan import check_request, plan_conversion
 from care.recipe import load_recipe
 from care.types import MODES, Mode, Target
+from tiny import CACHE_KEY, TINY, Case, TinyModels, random_tokens
+from tolerances import assert_close, assert_numbers
 
 EXPRESSIBLE = {
     ("deepseek", "absorbed"): {"llama-mqa", "llama-mqa-tied"},

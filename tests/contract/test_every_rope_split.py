@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import LayerSize, random_inputs, random_layer, stats_of
-from tolerances import VISIBLE, assert_close
 from torch import Tensor
 
 from care.attention import latent_attention, source_attention
@@ -14,6 +12,8 @@ from care.factorization import Svd, factorize
 from care.recipe import load_recipe
 from care.rope_split import ROPE_SPLITS, KeepAll, MeanPhase, RopeSplit, RoRope, Slots
 from care.types import AttentionSpec, KeySplit, LayerRanks
+from tiny import LayerSize, random_inputs, random_layer, stats_of
+from tolerances import VISIBLE, assert_close
 
 SIZE = LayerSize(H=4, G=2, K=8, D=40)
 EVERY = pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import NUM_WINDOWS, WINDOW, TinyModels
-from tolerances import assert_numbers
 
 import care.cli
 import care.conversion
 from care.recipe import recipe_names
+from tiny import NUM_WINDOWS, WINDOW, TinyModels
+from tolerances import assert_numbers
 
 SAMPLES = ("--samples", str(NUM_WINDOWS), "--length", str(WINDOW), "--context", str(2 * WINDOW))
 EXIT_ERROR = 2

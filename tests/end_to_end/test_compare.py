@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Case, TinyModels
-from tolerances import assert_numbers
 from torch import Tensor
 
 from care.calibration import first_windows
 from care.comparison import SOURCE, Comparison, compare
 from care.evaluation import live_cache, measure
 from care.recipe import load_recipe
+from tiny import Case, TinyModels
+from tolerances import assert_numbers
 
 RECIPES = ("palu", "care-u", "care-e", "mha2mla", "transmla", "care-mla")
 BUDGETS = (0.5, 0.25)

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import CACHE_KEY, SLIDING_WINDOW, TINY, Case, TinyModels, random_tokens
-from tolerances import VISIBLE, assert_close, assert_numbers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +21,8 @@ from care.recipe import load_recipe, recipe_names
 from care.rope_split import whole_keys
 from care.source import open_source
 from care.types import MODES, LayerRanks, Mode
+from tiny import CACHE_KEY, SLIDING_WINDOW, TINY, Case, TinyModels, random_tokens
+from tolerances import VISIBLE, assert_close, assert_numbers
 
 FLOAT_BYTES = 4
 BARELY_LESS = 1 - 1e-9

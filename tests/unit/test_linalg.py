@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import random_inputs
-from tolerances import assert_close, assert_numbers
 
 from care.linalg import output_moment, principal_outputs, shrink, weighted_error
+from tiny import random_inputs
+from tolerances import assert_close, assert_numbers
 
 M, D = 7, 12
 

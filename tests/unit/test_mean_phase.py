@@ -5,8 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import LayerSize, random_inputs, random_layer, stats_of
-from tolerances import assert_close, assert_numbers
 
 from care.attention import latent_attention, source_attention
 from care.errors import InvalidRecipe
@@ -14,6 +12,8 @@ from care.factorization import TwoSided, factorize
 from care.rope_split import MeanPhase
 from care.rope_split.mean_phase import mean_phases
 from care.types import AttentionSpec, LayerRanks
+from tiny import LayerSize, random_inputs, random_layer, stats_of
+from tolerances import assert_close, assert_numbers
 
 SIZE = LayerSize(H=6, G=3, K=8, D=40)
 PAIRS = SIZE.G * SIZE.K // 2

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, TinyModels, random_inputs, random_tokens
-from tolerances import assert_close
 from torch import Tensor
 
 from care.calibration.moments import BATCH_TOKENS, MomentAccumulator, collect_moments
 from care.errors import BadInput
+from tiny import TINY, TinyModels, random_inputs, random_tokens
+from tolerances import assert_close
 
 BATCH, LENGTH = 5, 16
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from tiny import TinyModels, random_tokens
-from tolerances import assert_close
 
 from care.calibration import collect_distances, collect_gradients
 from care.errors import BadInput
+from tiny import TinyModels, random_tokens
+from tolerances import assert_close
 
 SEED = 11
 

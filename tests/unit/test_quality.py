@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TinyModels
-from tolerances import VISIBLE, assert_numbers
 from torch import Tensor
 
 from care.errors import BadInput
 from care.evaluation import generate_text, live_cache, measure
 from care.evaluation.quality import CHUNK
+from tiny import TinyModels
+from tolerances import VISIBLE, assert_numbers
 
 VOCABULARY = 11
 

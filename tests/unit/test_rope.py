@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tolerances import assert_close
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -20,6 +19,7 @@ from care.rope import (
     rotate_interleaved,
     rotation,
 )
+from tolerances import assert_close
 
 HEAD_DIM = 64
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from tiny import LayerSize, random_inputs, random_layer, stats_of
-from tolerances import assert_close, assert_numbers
 from torch import Tensor
 
 from care.attention import latent_attention, source_attention
@@ -11,6 +9,8 @@ from care.factorization import Svd, factorize
 from care.rope_split import RoRope, Slots
 from care.rope_split.rorope import band_components
 from care.types import AttentionWeights, LayerRanks
+from tiny import LayerSize, random_inputs, random_layer, stats_of
+from tolerances import assert_close, assert_numbers
 
 SIZE = LayerSize(H=6, G=3, K=8, D=30)
 E = SIZE.G * SIZE.K

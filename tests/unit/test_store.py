@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TinyModels
 
 from care.calibration import Calibration, is_calibration, load_calibration, save_calibration
 from care.conversion import CalibrationRequest, calibrate
 from care.errors import BadInput
+from tiny import TinyModels
 
 
 @pytest.fixture

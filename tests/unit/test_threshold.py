@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from tolerances import TOLERANCES
 
 from care.allocation import Threshold
+from tolerances import TOLERANCES
 
 Layers = list[dict[int, tuple[float, torch.Tensor]]]
 

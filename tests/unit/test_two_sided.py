@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import LayerSize, random_inputs, random_layer, stats_of
-from tolerances import assert_close, assert_numbers
 from torch import Tensor
 
 from care.errors import InvalidRecipe
 from care.factorization import TwoSided, Whitened, factorize
 from care.rope_split import whole_keys
 from care.types import LatentAttention, LayerRanks, LayerStats
+from tiny import LayerSize, random_inputs, random_layer, stats_of
+from tolerances import assert_close, assert_numbers
 
 SIZE = LayerSize(H=4, G=2, K=4, D=18)
 RANKS = (1, 4, 9, 15)

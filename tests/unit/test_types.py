@@ -4,9 +4,9 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from tiny import LayerSize, random_inputs, random_layer, stats_of
 
 from care.types import AttentionSpec, DecoupledRope, LayerRanks, LayerStats, block_identity
+from tiny import LayerSize, random_inputs, random_layer, stats_of
 
 SIZE = LayerSize(H=4, G=2, K=6, D=20)
 

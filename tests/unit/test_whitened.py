@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from tiny import LayerSize, random_inputs, random_layer, stats_of
-from tolerances import assert_close
 from torch import Tensor
 
 from care.errors import InvalidRecipe
 from care.factorization import Asvd, Factorizer, Svd, Whitened, factorize
 from care.rope_split import RoRope, whole_keys
 from care.types import KeySplit, LatentAttention, LayerRanks
+from tiny import LayerSize, random_inputs, random_layer, stats_of
+from tolerances import assert_close
 
 SIZE = LayerSize(H=4, G=2, K=6, D=20)
 ALPHA = 0.01

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..checkpoint import writing
 from ..conversion import CalibrationRequest
-from ..errors import InvalidRecipe
+from ..errors import BadInput, InvalidRecipe
 
 Item = TypeVar("Item")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -24,7 +24,17 @@ LOG_SECONDS = 20.0
 out = Console()
 err = Console(stderr=True)
 
-json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
+
+def _writable(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse a JSON file that cannot be written before any work is done."""
+    if value not in (None, "-") and not Path(value).absolute().parent.is_dir():
+        raise BadInput(f"cannot write {value}: no such directory")
+    return value
+
+
+json_option = click.option(
+    "--json", "json_file", metavar="FILE", callback=_writable, help="Write the result as JSON; - is stdout."
+)
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1."
 )

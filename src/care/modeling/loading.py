@@ -42,6 +42,9 @@ def locate(model: str) -> Location:
     if path.is_file():
         if path.suffix != ".gguf":
             raise BadInput(f"{model} is neither a directory nor a .gguf file")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise BadInput(f"{path.name} is not a GGUF file")
         return Location(path.parent, path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -60,18 +63,11 @@ def load_config(location: Location) -> dict[str, Any]:
     """The model's config.json, or its equivalent from a GGUF header."""
     if location.gguf_file is None:
         return read_json(location.directory / "config.json")
-    _check_gguf(location)
     try:
         config = transformers.AutoConfig.from_pretrained(location.directory, **location.arguments())
     except (*UNREADABLE, struct.error) as error:
         raise BadInput(f"cannot read {location.gguf_file}: {_first_line(error)}") from error
     return config.to_dict()
-
-
-def _check_gguf(location: Location) -> None:
-    with (location.directory / str(location.gguf_file)).open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BadInput(f"{location.gguf_file} is not a GGUF file")
 
 
 def check_device(device: str) -> str:
