@@ -109,9 +109,11 @@ def plan_conversion(
     """
     target = check_request(source, recipe, kv_budget, dtype)
     recipe = at_budget(recipe, kv_budget)
-    if recipe.needs and calibration is None:
+    missing = recipe.needs - (frozenset[str]() if calibration is None else calibration.provides)
+    if missing:
         raise InvalidRecipe(
-            f"recipe {recipe.name} needs calibration; give --calibration FILE, NAME or a STATS directory"
+            f"recipe {recipe.name} needs calibration of {', '.join(sorted(missing))}; "
+            "give --calibration a text, or calibrate again for this recipe"
         )
     split = recipe.rope
     if recipe.mode == "absorbed" and isinstance(split, RoRope) and split.folding == "auto" and calibration:

@@ -479,6 +479,17 @@ def test_statistics_of_another_model_are_refused(
     assert_refused(outcome, "was calibrated on", out)
 
 
+def test_statistics_that_lack_what_a_recipe_needs_are_refused(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path
+) -> None:
+    """Collected for care-u alone, they hold no gradients."""
+    source, stats, out = tiny.directory("llama-gqa"), tmp_path / "stats", tmp_path / "out"
+    care_main("calibrate", source, stats, "--text", text_file, *SAMPLES, "--recipes", "care-u")
+    assert care_main("convert", source, tmp_path / "u", "--recipe", "care-u", "--calibration", stats).code == 0
+    outcome = care_main("convert", source, out, "--recipe", "best", "--calibration", stats)
+    assert_refused(outcome, "needs calibration of distances, gradients", out)
+
+
 def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:
     """All recipes by default; a row that cannot be had says why; the JSON has every number of the table."""
     source = tiny.directory("llama-gqa")
