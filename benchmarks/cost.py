@@ -25,7 +25,7 @@ from care.calibration import load_text, sampled_windows
 from care.calibration.moments import BATCH_TOKENS
 from care.source import Source
 
-ROUNDS = 3
+ROUNDS = 2
 REQUEST = {"num_windows": 128, "window": 256, "seed": 42}
 RECIPE, KV_BUDGET = "care-u", 0.5
 

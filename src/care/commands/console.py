@@ -1,6 +1,7 @@
 """What all commands share: options, progress on stderr, results on stdout or as JSON."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,10 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 LOG_SECONDS = 20.0
 
-out = Console()
+WIDTH_OF_FILES = 160
+"""Columns of a table that goes to a pipe or a file."""
+
+out = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
 err = Console(stderr=True)
 
 
