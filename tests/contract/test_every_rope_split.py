@@ -137,5 +137,6 @@ def test_the_default_split_fits_every_head(pairs: int) -> None:
     size = LayerSize(K=2 * pairs)
     table = tuple(100.0 ** (-m / pairs) for m in range(pairs))
     frequencies = load_recipe("palu", mode="absorbed").rope.frequencies(spec_of(size, table))
+    assert frequencies is not None
     assert 2 * len(frequencies) <= 64
     assert pairs % len(frequencies) == 0

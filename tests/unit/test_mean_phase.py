@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_one_slot_per_frequency_is_a_table_of_the_fastest(dims: int) -> None:
 
 
 def test_impossible_dims_are_refused() -> None:
-    for options in ({"dims": 3}, {"dims": -2}, {"one_per_frequency": True}):
+    bad: tuple[dict[str, Any], ...] = ({"dims": 3}, {"dims": -2}, {"one_per_frequency": True})
+    for options in bad:
         with pytest.raises(InvalidRecipe, match=r"rope\."):
             MeanPhase(**options)
     with pytest.raises(InvalidRecipe, match="at most 24"):

@@ -1,6 +1,7 @@
 """Two-sided weighting, against the quadratic form that it minimizes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ def test_missing_statistics_and_impossible_shrinkage_are_refused() -> None:
     stats = stats_of(random_inputs(90, SIZE.D))
     with pytest.raises(ValueError, match="gradient moments"):
         converted(TwoSided(), stats, 3)
-    for options in ({"shrinkage": 1.5}, {"gradient_shrinkage": -0.1}):
+    bad: tuple[dict[str, Any], ...] = ({"shrinkage": 1.5}, {"gradient_shrinkage": -0.1})
+    for options in bad:
         with pytest.raises(InvalidRecipe, match="must lie in"):
             TwoSided(**options)

@@ -56,8 +56,9 @@ def plot_profile(report: dict[str, Any], path: Path) -> None:
     widths.legend(ncols=4, loc="upper right")
     errors.plot([layer["key_error"] for layer in layers], color="black", marker="o", label="no-rope keys")
     errors.plot([layer["value_error"] for layer in layers], color="0.5", marker="s", linestyle="--", label="values")
-    errors.set(xlabel="layer", ylabel="relative error", ylim=(0, None))
-    errors.legend()
+    largest = max(max(layer["key_error"], layer["value_error"]) for layer in layers)
+    errors.set(xlabel="layer", ylabel="relative error", ylim=(0, 1.3 * largest or 1.0))
+    errors.legend(ncols=2, loc="upper right")
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
