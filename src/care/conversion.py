@@ -32,7 +32,6 @@ from .version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
 STATISTICS = frozenset({"inputs", "gradients", "distances"})
 """Everything that calibration can collect."""
 
@@ -55,7 +54,7 @@ class CalibrationRequest:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer; errors are relative and in the method's own metric."""
+    """What became of one layer; errors are relative and in the method's input metric."""
 
     rope_dim: int
     key_rank: int
@@ -101,8 +100,10 @@ def calibrate(
     start = time.perf_counter()
     tokens_T = source.tokens(load_text(request.text))
     windows_BT = sampled_windows(tokens_T, request.window, request.num_windows, request.seed)
-    num_contexts = max(min(request.num_contexts, len(tokens_T) // request.context), 1)
-    contexts_BT = first_windows(tokens_T, request.context, num_contexts) if "distances" in needs else None
+    contexts_BT = None
+    if "distances" in needs:
+        num_contexts = max(min(request.num_contexts, len(tokens_T) // max(request.context, 1)), 1)
+        contexts_BT = first_windows(tokens_T, request.context, num_contexts)
     layers = collect_moments(source.model, source.attention_paths, windows_BT, track=track)
     if "gradients" in needs:
         moments = collect_gradients(source.model, source.key_value_paths, windows_BT, seed=request.seed, track=track)

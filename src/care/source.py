@@ -13,6 +13,7 @@ from .architectures import architecture_for
 from .architectures.base import Architecture
 from .checkpoint import SafetensorsReader, StateReader, TensorReader
 from .errors import BadInput
+from .modeling import loading
 from .modeling.loading import Location, check_device, expected_shapes, load_config, load_model, load_tokenizer, locate
 from .types import AttentionSpec, AttentionWeights
 
@@ -78,12 +79,11 @@ class Source:
 
     def tokens(self, text: str) -> torch.Tensor:
         """A text as one sequence of token ids, without special tokens: (T,)."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        return loading.tokenize(self.tokenizer, text)
 
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, vocabulary) of the loaded model, whatever attention it has at the moment."""
-        return self.model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
+        return loading.logits(self.model, tokens_BT)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -93,7 +93,7 @@ class Source:
         return digest.hexdigest()[:16]
 
     def copy_side_files(self, directory: Path) -> None:
-        """Tokenizer, generation settings and licence, next to converted weights."""
+        """Tokenizer, generation settings and license, next to converted weights."""
         if self.location.gguf_file is not None:
             self.tokenizer.save_pretrained(directory)
             self.model.generation_config.save_pretrained(directory)

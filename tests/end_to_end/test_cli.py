@@ -219,6 +219,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown recipe": (["--recipe", "care-u2"], "did you mean 'care-u'?"),
     "missing recipe file": (["--recipe", "absent.toml"], "cannot read recipe absent.toml"),
     "missing text": (["--calibration", "absent.txt"], "no such text file: absent.txt"),
+    "context of nothing": (["--context", "0"], "need at least 1 window of 2 tokens"),
     "format that cannot hold it": (["--mode", "rebuild", "--format", "deepseek"], "cannot rebuild keys"),
     "format without its own rope table": (["--kv-budget", "1.0", "--format", "deepseek"], "--format native"),
     "dtype too small": (["--format", "deepseek", "--recipe", "care-mla", "--dtype", "float16"], "float16"),

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..attention import attention_probabilities
 from ..progress import Track, silent
 from ..types import AttentionWeights
+from .inputs import feed_inputs
 
 
 class DistanceAccumulator:
@@ -56,18 +57,6 @@ def collect_distances(
         return lambda: layer_weights(layer).to(device, torch.float32)
 
     accumulators = [DistanceAccumulator(weights_of(layer)) for layer in range(len(attention_paths))]
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _m, args, kwargs, a=accumulator: a.add(kwargs.get("hidden_states", args[0] if args else None)),
-            with_kwargs=True,
-        )
-        for path, accumulator in zip(attention_paths, accumulators, strict=True)
-    ]
-    try:
-        with torch.inference_mode():
-            for window in track(windows_BT, label="reading attention", total=len(windows_BT)):
-                model.base_model(input_ids=window[None].to(device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    sinks = [accumulator.add for accumulator in accumulators]
+    feed_inputs(model, attention_paths, sinks, windows_BT.split(1), label="reading attention", track=track)
     return [accumulator.share() for accumulator in accumulators]

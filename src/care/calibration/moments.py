@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import BadInput
 from ..progress import Track, silent
 from ..types import LayerStats
+from .inputs import feed_inputs
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass."""
@@ -48,23 +49,7 @@ def collect_moments(
     Runs the model's body only: no logits are computed.
     """
     accumulators = [MomentAccumulator(model.config.hidden_size) for _ in attention_paths]
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(_recorder(accumulator), with_kwargs=True)
-        for path, accumulator in zip(attention_paths, accumulators, strict=True)
-    ]
     batches = windows_BT.split(max(BATCH_TOKENS // windows_BT.shape[1], 1))
-    try:
-        with torch.inference_mode():
-            for batch in track(batches, label="calibrating", total=len(batches)):
-                model.base_model(input_ids=batch.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    sinks = [accumulator.add for accumulator in accumulators]
+    feed_inputs(model, attention_paths, sinks, batches, label="calibrating", track=track)
     return [accumulator.stats(layer) for layer, accumulator in enumerate(accumulators)]
-
-
-def _recorder(accumulator: MomentAccumulator) -> Any:  # noqa: ANN401 - torch's hook type
-    def record(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        accumulator.add(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-    return record

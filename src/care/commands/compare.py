@@ -1,6 +1,5 @@
 """care compare: the table of all methods at equal cache."""
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -93,11 +92,16 @@ def _record(result: Comparison, variant: Variant) -> dict[str, Any]:
     return {
         **head,
         **quality_record(quality, result.cache[variant.name]),
-        "excess": quality.nll - result.quality[SOURCE].nll,
+        "excess": _excess(result, variant),
         "mean_cache_width": variant.plan.mean_width,
         "folding": variant.plan.folding.best if variant.plan.folding else None,
         "conversion_seconds": variant.seconds,
     }
+
+
+def _excess(result: Comparison, variant: Variant) -> float:
+    """ln(perplexity / perplexity of the source)."""
+    return result.quality[variant.name].nll - result.quality[SOURCE].nll
 
 
 def _table(title: str, result: Comparison) -> Any:  # noqa: ANN401 - a rich table
@@ -109,7 +113,6 @@ def _table(title: str, result: Comparison) -> Any:  # noqa: ANN401 - a rich tabl
             rows.append((variant.name, "refused", *[""] * (len(columns) - 2)))
             continue
         quality = result.quality[variant.name]
-        excess = math.log(quality.perplexity / base.perplexity)
         row = quality_row(f"{variant.name} ({variant.recipe.mode})", quality, result.cache[variant.name])
-        rows.append((*row[:-1], f"{excess:.3f}", f"{variant.seconds:.1f}"))
+        rows.append((*row[:-1], f"{_excess(result, variant):.3f}", f"{variant.seconds:.1f}"))
     return table(title, columns, rows)

@@ -1,14 +1,14 @@
 """care eval: perplexity, distance to a reference, and the live cache of any model."""
 
+from functools import partial
 from typing import Any
 
 import click
-import torch
 
 from ..calibration import first_windows, load_text
 from ..conversion import DTYPES
 from ..evaluation import CacheUse, Quality, live_cache, measure
-from ..modeling.loading import load_model, load_tokenizer, locate
+from ..modeling.loading import load_model, load_tokenizer, locate, logits, tokenize
 from .console import device_option, dtype_option, emit, json_option, rich_track, table, text_options, working
 
 COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
@@ -35,12 +35,11 @@ def command(
     names = [name for name in (against, model) if name is not None]
     locations = {name: locate(name) for name in names}
     tokenizer = load_tokenizer(locations[names[0]])
-    encoded = tokenizer(load_text(text), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    windows_BT = first_windows(torch.tensor(encoded["input_ids"]), window, windows)
+    windows_BT = first_windows(tokenize(tokenizer, load_text(text)), window, windows)
     with working("loading " + " and ".join(names)):
         wanted = DTYPES[dtype or "float32"]
         models = {name: load_model(at, dtype=wanted, device=device) for name, at in locations.items()}
-    runs = {name: _logits(loaded) for name, loaded in models.items()}
+    runs = {name: partial(logits, loaded) for name, loaded in models.items()}
     quality = measure(runs, windows_BT, reference=against, track=rich_track)
     cache = {name: live_cache(loaded) for name, loaded in models.items()}
     result = {
@@ -49,10 +48,6 @@ def command(
     }  # fmt: skip
     rows = [quality_row(name, quality[name], cache[name]) for name in names]
     emit(result, json_file, table(f"{text}: {windows} windows of {window} tokens", COLUMNS, rows))
-
-
-def _logits(model: Any) -> Any:  # noqa: ANN401 - a transformers model and its call
-    return lambda tokens: model(input_ids=tokens.to(model.device), use_cache=False).logits
 
 
 def quality_record(quality: Quality, cache: CacheUse) -> dict[str, Any]:

@@ -118,6 +118,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def tokenize(tokenizer: Any, text: str) -> torch.Tensor:  # noqa: ANN401
+    """A text as one sequence of token ids, without special tokens: (T,)."""
+    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def logits(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    """Logits (B, T, vocabulary) without a cache, on the model's device."""
+    return model(input_ids=tokens_BT.to(model.device), use_cache=False).logits
+
+
 def load_tokenizer(location: Location) -> Any:  # noqa: ANN401
     """The tokenizer that belongs to a model."""
     register()
