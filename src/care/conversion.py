@@ -25,6 +25,7 @@ from .errors import BadInput
 from .factorization import Factors, factorize
 from .formats import FORMATS
 from .plan import Plan, split_keys
+from .prefix import Prefix
 from .progress import Track, silent
 from .source import Source
 from .types import LayerRanks
@@ -121,10 +122,21 @@ def calibrate(
 
 def convert_layers(plan: Plan, *, track: Track = silent) -> Iterator[Factors]:
     """The converted attention of each layer in turn, one in memory at a time."""
+    prefix = _prefix(plan)
     for index in track(range(len(plan.ranks)), label="factorizing", total=len(plan.ranks)):
         weights, stats = plan.source.attention(index), plan.stats(index)
+        if prefix is not None and stats is not None:
+            stats = prefix.stats(index, stats)
         keys = split_keys(plan, weights, stats, plan.ranks[index].rope_dim // 2)
-        yield factorize(plan.recipe.factorization, weights, keys, stats, plan.ranks[index])
+        factors = factorize(plan.recipe.factorization, weights, keys, stats, plan.ranks[index])
+        yield factors if prefix is None else replace(factors, latent=prefix.fitted(index, factors.latent))
+
+
+def _prefix(plan: Plan) -> Prefix | None:
+    """The streams that a refit needs; None for a recipe without one."""
+    if plan.recipe.refit is None or plan.calibration is None:
+        return None
+    return Prefix(plan.source, plan.target, plan.recipe.refit, plan.calibration.windows_BT)
 
 
 def convert(plan: Plan, out_dir: Path, *, track: Track = silent) -> Report:

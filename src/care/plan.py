@@ -90,7 +90,7 @@ def at_budget(recipe: Recipe, kv_budget: float) -> Recipe:
     """
     if recipe.mode != "absorbed" or kv_budget != PARITY:
         return recipe
-    return replace(recipe, rope=KeepAll(), factorization=Svd(joint=True), allocation=Uniform())
+    return replace(recipe, rope=KeepAll(), factorization=Svd(joint=True), allocation=Uniform(), refit=None)
 
 
 def plan_conversion(

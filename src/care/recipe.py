@@ -14,6 +14,7 @@ from .allocation import ALLOCATORS, Allocator
 from .errors import InvalidRecipe
 from .factorization import FACTORIZERS, Factorizer
 from .formats import FORMATS
+from .refit import REFITS, Ridge
 from .rope_split import ROPE_SPLITS, RopeSplit, RoRope
 from .types import MODES, Mode
 
@@ -24,7 +25,8 @@ Part = TypeVar("Part")
 class Recipe:
     """How to convert: method, rope split, allocation, and the runtime mode and format of the result.
 
-    `rope` matters in absorbed mode only; `paper` cites the method's source.
+    `rope` matters in absorbed mode only; `refit` is what is done after truncation, None for nothing; `paper` cites the
+    method's source.
     """
 
     name: str
@@ -34,12 +36,14 @@ class Recipe:
     factorization: Factorizer
     rope: RopeSplit
     allocation: Allocator
+    refit: Ridge | None = None
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that calibration must provide."""
         split = self.rope.needs if self.mode == "absorbed" else frozenset[str]()
-        return self.factorization.needs | split
+        after = frozenset[str]() if self.refit is None else self.refit.needs
+        return self.factorization.needs | split | after
 
     def describe(self) -> dict[str, Any]:
         """Every choice as plain data, for provenance."""
@@ -48,6 +52,7 @@ class Recipe:
         for key, registry in parts.items():
             part = getattr(self, key)
             described[key] = {"method": _registered_name(registry, part), **asdict(part)}
+        described["refit"] = None if self.refit is None else {"method": "ridge", **asdict(self.refit)}
         return described
 
     def digest(self) -> str:
@@ -101,7 +106,7 @@ def load_recipe(name_or_file: str, *, mode: Mode | None = None, format: str | No
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     """A recipe from a parsed document; unknown keys are refused."""
-    known = ["paper", "mode", "format", "factorization", "rope", "allocation"]
+    known = ["paper", "mode", "format", "factorization", "rope", "allocation", "refit"]
     _refuse_unknown(document, known, "")
     if "factorization" not in document:
         raise InvalidRecipe(f"recipe {name} lacks [factorization]; it needs at least its method")
@@ -116,6 +121,7 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
         factorization=_part(FACTORIZERS, document["factorization"], "factorization"),
         rope=_part(ROPE_SPLITS, document["rope"], "rope") if "rope" in document else RoRope(),
         allocation=_part(ALLOCATORS, document.get("allocation", {"method": "uniform"}), "allocation"),
+        refit=_part(REFITS, document["refit"], "refit") if "refit" in document else None,
     )
 
 

@@ -55,6 +55,11 @@ class Source:
         return reader
 
     @property
+    def layer_paths(self) -> list[str]:
+        """Module paths of the decoder layers."""
+        return [self.architecture.layer.format(i=i) for i in range(self.spec.num_layers)]
+
+    @property
     def attention_paths(self) -> list[str]:
         """Module paths of the attention layers."""
         return [self.architecture.attention.format(i=i) for i in range(self.spec.num_layers)]

@@ -10,8 +10,8 @@ PACKAGE = Path(care.__file__).parent
 LAYERS = (
     {"errors", "types", "progress", "version"},
     {"linalg", "rope", "attention", "checkpoint"},
-    {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats"},
-    {"recipe", "source", "plan", "conversion", "comparison", "folding", "modeling", "evaluation"},
+    {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats", "refit"},
+    {"prefix", "recipe", "source", "plan", "conversion", "comparison", "folding", "modeling", "evaluation"},
     {"cli", "commands"},
     {"__init__", "__main__"},
 )

@@ -2,7 +2,8 @@
 
 from .distances import collect_distances
 from .gradients import collect_gradients
-from .moments import collect_moments
+from .layers import DecoderLayers
+from .moments import MomentAccumulator, collect_moments
 from .store import Calibration, CalibrationInfo, is_calibration, load_calibration, save_calibration
 from .text import TEXTS, first_windows, load_text, sampled_windows
 
@@ -10,6 +11,8 @@ __all__ = [
     "TEXTS",
     "Calibration",
     "CalibrationInfo",
+    "DecoderLayers",
+    "MomentAccumulator",
     "collect_distances",
     "collect_gradients",
     "collect_moments",

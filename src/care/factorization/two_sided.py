@@ -27,7 +27,7 @@ class TwoSided:
     """
 
     shrinkage: float = 0.01
-    gradient_shrinkage: float = 0.01
+    gradient_shrinkage: float = 0.1
     joint: bool = True
     needs: ClassVar[frozenset[str]] = frozenset({"inputs", "gradients"})
 

@@ -93,15 +93,27 @@ def register() -> None:
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
+def build_layer(latent: LatentAttention, target: Target, index: int) -> LatentAttentionModule:
+    """A converted layer's module without going through files; weights are shared where they can be."""
+    with torch.device("meta"):
+        module = LatentAttentionModule(LatentShape.of(latent, target.spec.rope_frequencies), index)
+    module.load_state_dict(Native().attention_tensors(latent, target), assign=True)
+    return module.eval()
+
+
 def build_attention(latents: Sequence[LatentAttention], target: Target) -> list[LatentAttentionModule]:
-    """Modules of a converted model without going through files; weights are shared where they can be."""
-    modules = []
-    for index, latent in enumerate(latents):
-        with torch.device("meta"):
-            module = LatentAttentionModule(LatentShape.of(latent, target.spec.rope_frequencies), index)
-        module.load_state_dict(Native().attention_tensors(latent, target), assign=True)
-        modules.append(module.eval())
-    return modules
+    """The modules of all layers of a converted model."""
+    return [build_layer(latent, target, index) for index, latent in enumerate(latents)]
+
+
+@contextmanager
+def layer_swapped(model: nn.Module, model_type: str, index: int, module: nn.Module) -> Generator[None]:
+    """Run one layer of a source model with another attention module."""
+    own = _set_attention(model, model_type, index, module)
+    try:
+        yield
+    finally:
+        _set_attention(model, model_type, index, own)
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""After truncation: the output projection refit by ridge regression to what the source's layer gives.
+
+A latent layer reads z (heads mixed and expanded, width H * V) where the source read its own, and adds O z to the
+residual stream. Over calibration tokens the best O for targets y has the closed form
+
+    O' = (E[y z^T] + l O) (E[z z^T] + l I)^(-1),        l = ridge * mean diag E[z z^T],
+
+a ridge towards the O of the source. Only the two moments are kept.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidRecipe
+from .types import LatentAttention
+
+
+class OutputMoments:
+    """Sums over tokens of z z^T and y z^T, fp64 on the CPU; products in fp32."""
+
+    def __init__(self, latent: LatentAttention) -> None:
+        D, H, V = latent.out_DHV.shape
+        self.num_tokens = 0
+        self.inner_ZZ = torch.zeros(H * V, H * V, dtype=torch.float64)
+        self.cross_DZ = torch.zeros(D, H * V, dtype=torch.float64)
+
+    def add(self, z_TZ: Tensor, y_TD: Tensor) -> None:
+        """Add what the projection read and what it should have given."""
+        self.num_tokens += z_TZ.shape[0]
+        self.inner_ZZ += (z_TZ.T @ z_TZ).cpu()
+        self.cross_DZ += (y_TD.T @ z_TZ).cpu()
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Layer by layer from the first: moments of the converted prefix, then the output projection.
+
+    `tokens` of the calibration windows are used; 0 means all of them.
+    """
+
+    tokens: int = 16384
+    ridge: float = 0.01
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0:
+            raise InvalidRecipe(f"refit.tokens is {self.tokens}; it must be positive, or 0 for all calibration tokens")
+        if self.ridge <= 0:
+            raise InvalidRecipe(f"refit.ridge is {self.ridge}; it must be positive")
+
+    def output(self, latent: LatentAttention, moments: OutputMoments) -> LatentAttention:
+        """The layer with its output projection refit."""
+        D, H, V = latent.out_DHV.shape
+        start_DZ = latent.out_DHV.reshape(D, H * V).double()
+        inner_ZZ, cross_DZ = moments.inner_ZZ / moments.num_tokens, moments.cross_DZ / moments.num_tokens
+        damping = self.ridge * inner_ZZ.diagonal().mean()
+        system_ZZ = inner_ZZ + damping * torch.eye(H * V, dtype=torch.float64)
+        out_DZ = torch.linalg.solve(system_ZZ, (cross_DZ + damping * start_DZ).T).T
+        return replace(latent, out_DHV=out_DZ.view(D, H, V))
+
+
+REFITS = {"ridge": Ridge}
+"""What can be done after truncation, by the name that a recipe uses."""
