@@ -1,7 +1,7 @@
 """Texts, running moments, and their storage."""
 
 from .distances import collect_distances
-from .gradients import collect_gradients
+from .gradients import Tap, collect_gradients
 from .moments import collect_moments
 from .store import Calibration, CalibrationInfo, is_calibration, load_calibration, save_calibration
 from .text import TEXTS, first_windows, load_text, sampled_windows
@@ -10,6 +10,7 @@ __all__ = [
     "TEXTS",
     "Calibration",
     "CalibrationInfo",
+    "Tap",
     "collect_distances",
     "collect_gradients",
     "collect_moments",
