@@ -12,6 +12,7 @@ from care.attention import source_attention
 from care.checkpoint import StateReader
 from care.errors import BadInput, UnsupportedModel
 from care.modeling.loading import expected_shapes
+from modules import assert_spec_is_the_models
 from tiny import SLIDING_WINDOW, TINY, TinyModels, attention_passes, random_tokens
 from tolerances import assert_close
 
@@ -29,29 +30,8 @@ def test_every_architecture_is_listed_under_its_model_type() -> None:
 
 @EVERY
 def test_spec_is_the_models(tiny: TinyModels, name: str) -> None:
-    """Sizes, scale, cap, windows and rope tables of every layer, as transformers' modules hold them."""
-    spec, model = tiny.source(name).spec, tiny.source_model(name)
-    assert spec.num_layers == len(model.model.layers)
-    for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        assert spec.head_dim == attention.head_dim
-        assert spec.num_heads // spec.num_kv_heads == attention.num_key_value_groups
-        assert (spec.hidden_size, spec.num_heads * spec.head_dim) == tuple(attention.o_proj.weight.shape)
-        assert spec.scale == attention.scaling
-        assert spec.softcap == getattr(attention, "attn_logit_softcapping", None)
-        window = attention.sliding_window if hasattr(attention, "sliding_window") else model.config.to_dict().get(
-            "sliding_window"
-        )  # fmt: skip
-        assert (spec.windows[index] if spec.windows else None) == window
-        assert_close(torch.tensor(spec.rope_frequencies[index]), rope_table(model, index), "fp32 table")
-
-
-def rope_table(model: Any, index: int) -> Tensor:
-    """Inverse frequencies of a layer: one table, one per kind of layer, or none."""
-    rotary, attention = model.model.rotary_emb, model.model.layers[index].self_attn
-    kind = getattr(attention, "layer_type", None)
-    table = getattr(rotary, f"{kind}_inv_freq") if hasattr(rotary, f"{kind}_inv_freq") else rotary.inv_freq
-    return table if getattr(attention, "use_rope", True) else torch.zeros_like(table)
+    model = tiny.source_model(name)
+    assert_spec_is_the_models(tiny.source(name).spec, model, model.model.rotary_emb)
 
 
 def test_layers_that_differ_are_covered(tiny: TinyModels) -> None:

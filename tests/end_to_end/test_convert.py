@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from care.checkpoint import StateReader
 from care.conversion import CalibrationRequest, calibrate, convert
+from care.errors import BadInput
 from care.evaluation import live_cache
 from care.factorization import Svd, Whitened, factorize
 from care.modeling.loading import Location, load_model
@@ -352,6 +356,27 @@ def test_nothing_but_attention_changes_in_native(tiny: TinyModels, case: Case) -
         if "self_attn" not in name:
             scaled = name.endswith(("embed_tokens.weight", "down_proj.weight"))
             assert_close(converted[name], tensor * (scale if scaled else 1.0), "fp32 table")
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gemma3-local", "phi3-fused", "qwen2-bias"])
+def test_a_model_in_memory_converts_as_its_checkpoint(tiny: TinyModels, name: str, tmp_path: Path) -> None:
+    """Sources from GGUF files have transformers' own names and layouts: experts are fused there."""
+    source = open_source(str(tiny.directory(name)))
+    source.__dict__["reader"] = StateReader(tiny.source_model(name).state_dict())
+    convert(plan_conversion(source, load_recipe("palu"), 1.0, None), tmp_path / "out")
+    tokens = random_tokens(20)
+    loaded = load_model(Location(tmp_path / "out"), dtype=torch.float32)
+    assert_close(logits_of(loaded, tokens), logits_of(tiny.source_model(name), tokens), "fp32 logits")
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_not_run(tiny: TinyModels, tmp_path: Path) -> None:
+    """transformers would draw it at random."""
+    shutil.copytree(tiny.converted(Case("mixtral", "care-mla", 0.5, "absorbed", "native")), tmp_path / "out")
+    shard = tmp_path / "out" / "model-00002-of-00004.safetensors"
+    lost = "model.layers.1.self_attn.v_b_proj.weight"
+    save_file({name: t for name, t in load_file(shard).items() if name != lost}, shard, {"format": "pt"})
+    with pytest.raises(BadInput, match=f"lacks tensor {lost}"):
+        load_model(Location(tmp_path / "out"), dtype=torch.float32)
 
 
 def test_care_u_keeps_more_of_the_activations_than_palu(tiny: TinyModels) -> None:

@@ -85,11 +85,16 @@ def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -
     register()
     check_device(device)
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            location.directory, dtype=dtype, trust_remote_code=False, **_weights_argument(location)
-        )
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            location.directory, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            **_weights_argument(location),
+        )  # fmt: skip
     except (*UNREADABLE, struct.error, SafetensorError) as error:
         raise BadInput(f"cannot load {location.directory}: {_first_line(error)}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers would go on with random weights in their place.
+        raise BadInput(f"{location.directory} lacks tensor {min(report['missing_keys'])}; the checkpoint is damaged")
     if location.gguf_file is not None:
         # De-quantized already: a saved config must not say otherwise.
         if hasattr(model.config, "quantization_config"):
