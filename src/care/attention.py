@@ -7,8 +7,9 @@ causal. Everything runs in the dtype of its input.
 import torch
 from torch import Tensor
 
+from .carried import Carried, Norm
 from .rope import rotate_half_split, rotate_interleaved, rotation
-from .types import AttentionWeights, Carried, LatentAttention, Norm
+from .types import AttentionWeights, LatentAttention
 
 
 def rms_norm(norm: Norm, x: Tensor) -> Tensor:

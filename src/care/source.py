@@ -12,11 +12,12 @@ import torch
 from .architectures import architecture_for
 from .architectures.base import Architecture
 from .calibration import Tap
+from .carried import Carried
 from .checkpoint import SafetensorsReader, StateReader, TensorReader
 from .errors import BadInput, UnsupportedModel
 from .modeling import loading
 from .modeling.loading import Location, check_device, expected_shapes, load_config, load_model, load_tokenizer, locate
-from .types import AttentionSpec, AttentionWeights, Carried
+from .types import AttentionSpec, AttentionWeights
 
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
               "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",

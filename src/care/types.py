@@ -19,44 +19,21 @@ the source's own order (half-split: pair m is dims m and m + K/2), so that q_pro
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
+from .carried import PLAIN, Carried, QkNorm, moved
+
 Mode = Literal["absorbed", "rebuild"]
 MODES: tuple[Mode, ...] = ("absorbed", "rebuild")
-
-Part = TypeVar("Part")
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-
-
-def _moved(part: Part, device: torch.device, dtype: torch.dtype) -> Part:
-    """A tensor, or a dataclass with all tensors in it, elsewhere or in another dtype; anything else as it is."""
-    moved: Any = part
-    if isinstance(part, Tensor):
-        moved = part.to(device, dtype)
-    elif is_dataclass(part) and not isinstance(part, type):
-        moved = replace(part, **{f.name: _moved(getattr(part, f.name), device, dtype) for f in fields(part)})
-    return moved
-
-
-@dataclass(frozen=True)
-class QkNorm:
-    """The norm on queries and on keys: RMSNorm over so many values, a head's or all heads'.
-
-    The gain is `offset` + weight.
-    """
-
-    query_size: int
-    key_size: int
-    eps: float
-    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,49 +83,6 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """RMSNorm over blocks of W consecutive values, one head or all of them, with gain `offset` + weight."""
-
-    weight_W: Tensor
-    eps: float
-    offset: float = 0.0
-
-
-@dataclass(frozen=True)
-class NormalizedKeys:
-    """Keys that are not linear in the input: norm(proj_ED @ x + bias_E), all heads stacked, E = G * K."""
-
-    proj_ED: Tensor
-    bias_E: Tensor | None
-    norm: Norm
-
-
-@dataclass(frozen=True)
-class Carried:
-    """What attention computes beside its linear maps; conversion takes it over as it is.
-
-    `keys` and `constant` say what the features are besides the input. q_bias_HK and then q_norm act on the
-    queries before RoPE.
-    """
-
-    keys: NormalizedKeys | None = None
-    constant: bool = False
-    q_bias_HK: Tensor | None = None
-    q_norm: Norm | None = None
-    out_bias_D: Tensor | None = None
-    softcap: float | None = None
-    window: int | None = None
-
-    def feature_width(self, hidden_size: int) -> int:
-        """How many features an input of that size has: X."""
-        return (len(self.keys.proj_ED) if self.keys else 0) + hidden_size + self.constant
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """The same elsewhere or in another dtype."""
-        return _moved(self, device, dtype)
-
-
-@dataclass(frozen=True)
 class AttentionWeights:
     """One layer of the source: projections with heads apart.
 
@@ -162,7 +96,7 @@ class AttentionWeights:
     out_DHK: Tensor
     rope_frequencies: tuple[float, ...]
     scale: float
-    carried: Carried = Carried()
+    carried: Carried = PLAIN
 
     def __post_init__(self) -> None:
         H, K, D = self.q_HKD.shape
@@ -177,7 +111,7 @@ class AttentionWeights:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """The same weights elsewhere or in another dtype."""
-        return _moved(self, device, dtype)
+        return moved(self, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -280,7 +214,7 @@ class LatentAttention:
     out_DHV: Tensor
     scale: float
     rope: DecoupledRope | None
-    carried: Carried = Carried()
+    carried: Carried = PLAIN
 
     def __post_init__(self) -> None:
         H, K, D = self.q_HKD.shape

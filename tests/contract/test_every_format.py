@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from care.carried import QkNorm
 from care.checkpoint import SafetensorsReader
 from care.errors import InvalidRecipe
 from care.formats import FORMATS
@@ -16,7 +17,7 @@ from care.formats.deepseek import LATENT_HEADROOM, LATENT_NORM_EPS, latent_scale
 from care.modeling.native import register
 from care.plan import check_request, plan_conversion
 from care.recipe import load_recipe
-from care.types import MODES, Mode, QkNorm, Target
+from care.types import MODES, Mode, Target
 from tiny import CACHE_KEY, TINY, Case, TinyModels, random_tokens
 from tolerances import assert_close, assert_numbers
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from care.calibration.moments import BATCH_TOKENS, MomentAccumulator, collect_moments
+from care.carried import PLAIN
 from care.errors import BadInput
-from care.types import Carried
 from tiny import TINY, TinyModels, attention_passes, random_inputs, random_tokens
 from tolerances import assert_close
 
@@ -71,7 +71,7 @@ def test_no_hook_stays_behind(tiny: TinyModels) -> None:
 
 def test_accumulator_adds_up() -> None:
     x_TD = random_inputs(50, 6).float()
-    accumulator = MomentAccumulator(6, Carried())
+    accumulator = MomentAccumulator(6, PLAIN)
     for part in x_TD.split(7):
         accumulator.add(part[None])
     stats = accumulator.stats(0)
@@ -82,7 +82,7 @@ def test_accumulator_adds_up() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_their_layer(value: float) -> None:
-    accumulator = MomentAccumulator(3, Carried())
+    accumulator = MomentAccumulator(3, PLAIN)
     accumulator.add(torch.tensor([[1.0, value, 0.0]]))
     with pytest.raises(BadInput, match="activations of layer 7 are NaN or Inf"):
         accumulator.stats(7)

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..carried import Carried, NormalizedKeys, QkNorm
+from ..carried import Norm as NormWeights
 from ..checkpoint import TensorReader
 from ..errors import BadInput, UnsupportedModel
 from ..rope import rope_frequencies
-from ..types import AttentionSpec, AttentionWeights, Carried, NormalizedKeys, QkNorm
-from ..types import Norm as NormWeights
+from ..types import AttentionSpec, AttentionWeights
 
 Config = Mapping[str, Any]
 Fact = TypeVar("Fact")

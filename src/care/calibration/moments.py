@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..attention import features
+from ..carried import Carried
 from ..errors import BadInput
 from ..progress import Track, silent
-from ..types import Carried, LayerStats
+from ..types import LayerStats
 from .inputs import feed_inputs
 
 BATCH_TOKENS = 2048

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..types import AttentionSpec, Carried, LatentAttention, LayerRanks, Target
+from ..carried import Carried
+from ..types import AttentionSpec, LatentAttention, LayerRanks, Target
 from .base import COMPUTED_KEYS
 
 FORMAT_VERSION = 2

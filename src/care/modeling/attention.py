@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
+from ..carried import QkNorm
 from ..rope import rotate_half_split, rotate_interleaved, rotation
-from ..types import LatentAttention, Mode, QkNorm
+from ..types import LatentAttention, Mode
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..architectures import ARCHITECTURES
+from ..carried import QkNorm
 from ..errors import BadInput
 from ..formats.native import FORMAT_VERSION, MODEL_TYPE_PREFIX, Native, native_class_name
-from ..types import LatentAttention, QkNorm, Target
+from ..types import LatentAttention, Target
 from .attention import LatentAttentionModule, LatentShape
 
 
