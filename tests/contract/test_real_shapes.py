@@ -140,6 +140,23 @@ def test_the_checkpoint_is_the_published_one(name: str) -> None:
     assert sum(torch.Size(headers.shape(n)).numel() for n in headers.names()) == REAL[name].parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape"),
+    [
+        ("Mixtral-8x7B", "model.layers.31.block_sparse_moe.experts.7.w3.weight", (14336, 4096)),
+        ("Mixtral-8x7B", "model.layers.0.block_sparse_moe.gate.weight", (8, 4096)),
+        ("Qwen3-30B-A3B-Instruct-2507", "model.layers.47.mlp.experts.127.gate_proj.weight", (768, 2048)),
+        ("Qwen3-30B-A3B-Instruct-2507", "model.layers.0.self_attn.k_norm.weight", (128,)),
+        ("Qwen2.5-7B", "model.layers.27.self_attn.v_proj.bias", (512,)),
+        ("Phi-3-mini-4k", "model.layers.31.self_attn.qkv_proj.weight", (9216, 3072)),
+        ("OLMo-2-7B", "model.layers.31.self_attn.q_norm.weight", (4096,)),
+    ],
+)
+def test_tensors_have_their_published_names(name: str, tensor: str, shape: tuple[int, ...]) -> None:
+    """Experts one by one, not fused as in memory."""
+    assert headers_of(name).shape(tensor) == shape
+
+
 @EVERY
 def test_every_tensor_is_claimed_once(name: str) -> None:
     headers, real = headers_of(name), REAL[name].config
