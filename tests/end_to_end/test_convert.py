@@ -369,6 +369,16 @@ def test_a_model_in_memory_converts_as_its_checkpoint(tiny: TinyModels, name: st
     assert_close(logits_of(loaded, tokens), logits_of(tiny.source_model(name), tokens), "fp32 logits")
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-norm"])
+def test_the_fingerprint_is_that_of_the_keys(tiny: TinyModels, name: str) -> None:
+    """Statistics must not be taken for those of a model of the same shape; with normalized keys k_GKX is a constant."""
+    source, other = open_source(str(tiny.directory(name))), open_source(str(tiny.directory(name)))
+    state = dict(tiny.source_model(name).state_dict())
+    key = "model.layers.0.self_attn.k_proj.weight"
+    other.__dict__["reader"] = StateReader({**state, key: state[key] * 1.5})
+    assert source.fingerprint == open_source(str(tiny.directory(name))).fingerprint != other.fingerprint
+
+
 def test_a_checkpoint_that_lacks_a_tensor_is_not_run(tiny: TinyModels, tmp_path: Path) -> None:
     """transformers would draw it at random."""
     shutil.copytree(tiny.converted(Case("mixtral", "care-mla", 0.5, "absorbed", "native")), tmp_path / "out")
