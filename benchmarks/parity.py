@@ -1,6 +1,6 @@
 """KV parity: at the full budget an absorbed model equals its source, in the same cache.
 
-Usage: python benchmarks/parity.py SRC TEXT RESULT.json
+Usage: python benchmarks/parity.py SRC TEXT RESULT.json [WINDOWS]
 """
 
 import json
@@ -19,7 +19,7 @@ from care.modeling.loading import load_model, locate
 WINDOW, WINDOWS = 1024, 4
 
 
-def main(source_name: str, text: str, result: Path) -> None:
+def main(source_name: str, text: str, result: Path, num_windows: int) -> None:
     """Convert, reload, and compare logits on the first windows of the text."""
     source = open_source(source_name)
     recipe = load_recipe("care-mla", format="native")
@@ -27,7 +27,7 @@ def main(source_name: str, text: str, result: Path) -> None:
         out = Path(directory) / "model"
         convert(plan_conversion(source, recipe, 1.0, None), out)
         converted = load_model(locate(str(out)), dtype=torch.float32)
-    windows_BT = first_windows(source.tokens(load_text(text)), WINDOW, WINDOWS)
+    windows_BT = first_windows(source.tokens(load_text(text)), WINDOW, num_windows)
     largest = {"difference": 0.0, "logit": 0.0}
 
     def logits(tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def main(source_name: str, text: str, result: Path) -> None:
 
     quality = measure({"source": source.logits, "converted": logits}, windows_BT, reference="source")
     summary: dict[str, Any] = {
-        "text": text.rsplit("/", 1)[-1], "window": WINDOW, "windows": WINDOWS,
+        "model": Path(source_name).name, "text": Path(text).name, "window": WINDOW, "windows": num_windows,
         "largest_logit_difference": largest["difference"], "largest_logit": largest["logit"],
         "perplexity": {name: q.perplexity for name, q in quality.items()}, "kl": quality["converted"].kl,
         "cache_bytes_per_token": {
@@ -50,4 +50,4 @@ def main(source_name: str, text: str, result: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else WINDOWS)

@@ -71,6 +71,59 @@ TINY: dict[str, dict[str, Any]] = {
         "model_type": "mistral", "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5,
         "sliding_window": SLIDING_WINDOW, "tie_word_embeddings": False,
     },
+    "llama-bias": {
+        "model_type": "llama", "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "attention_bias": True, "mlp_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "qwen2-bias": {
+        "model_type": "qwen2", "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    },
+    "qwen2-window": {
+        # The first layer sees everything.
+        "model_type": "qwen2", "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "use_sliding_window": True, "sliding_window": SLIDING_WINDOW, "max_window_layers": 1,
+    },
+    "qwen3-norm": {
+        "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-norm-bias": {
+        "model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 8, "rms_norm_eps": 1e-6, "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe", "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "mlp_only_layers": [1],
+    },
+    "gemma2-softcap": {
+        "model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 12, "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 5.0, "sliding_window": SLIDING_WINDOW, "tie_word_embeddings": True,
+    },
+    "gemma3-local": {
+        "model_type": "gemma3_text", "num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 20,
+        "sliding_window": SLIDING_WINDOW, "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0},
+        },
+    },
+    "mixtral": {
+        "model_type": "mixtral", "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "num_local_experts": 3, "num_experts_per_tok": 2,
+    },
+    "phi3-fused": {
+        "model_type": "phi3", "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        "sliding_window": SLIDING_WINDOW,
+    },
+    "olmo2-norm": {
+        "model_type": "olmo2", "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    },
+    "smollm3-nope": {
+        "model_type": "smollm3", "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "no_rope_layer_interval": 2,
+    },
 }  # fmt: skip
 """Name to what differs from SHARED. At least one entry per architecture."""
 
@@ -147,6 +200,29 @@ class TinyModels:
         return self._once(("source model", name), lambda: load(self.directory(name), dtype=torch.float32).eval())
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What went through one attention module: its input and output, (B, T, D) each."""
+
+    x_BTD: Tensor
+    y_BTD: Tensor
+
+
+def attention_passes(model: Any, tokens_BT: Tensor) -> list[Passed]:
+    """Inputs and outputs of every attention layer in a forward pass of transformers."""
+    seen: list[Passed] = []
+
+    def keep(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        seen.append(Passed(kwargs["hidden_states"], output[0]))
+
+    hooks = [layer.self_attn.register_forward_hook(keep, with_kwargs=True) for layer in model.model.layers]
+    with torch.inference_mode():
+        model(input_ids=tokens_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def random_text(length: int, seed: int = 0) -> str:
     """Words of random letters."""
     dice = random.Random(seed)
@@ -155,7 +231,10 @@ def random_text(length: int, seed: int = 0) -> str:
 
 
 def build_checkpoint(directory: Path, options: dict[str, Any]) -> Path:
-    """A model with weights large enough that attention is far from uniform, and a byte-level tokenizer."""
+    """A model with weights large enough that attention is far from uniform, and a byte-level tokenizer.
+
+    Norms and biases are drawn too: at their initial ones and zeros nobody would miss them.
+    """
     torch.manual_seed(sum(map(ord, directory.name)))
     options = {**SHARED, **options}
     config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
@@ -163,6 +242,8 @@ def build_checkpoint(directory: Path, options: dict[str, Any]) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.data.uniform_(0.5, 1.5)
+        if name.endswith(".bias"):
+            parameter.data.normal_(std=0.5)
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
@@ -205,8 +286,8 @@ def random_layer(size: LayerSize, seed: int = 0) -> AttentionWeights:
 
     return AttentionWeights(
         q_HKD=2 * draw(size.H, size.K, size.D),
-        k_GKD=2 * draw(size.G, size.K, size.D),
-        v_GKD=draw(size.G, size.K, size.D),
+        k_GKX=2 * draw(size.G, size.K, size.D),
+        v_GKX=draw(size.G, size.K, size.D),
         out_DHK=draw(size.D, size.H, size.K),
         rope_frequencies=tuple(30.0 ** (-2 * m / size.K) for m in range(size.K // 2)),
         scale=size.K**-0.5,

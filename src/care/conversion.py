@@ -105,9 +105,9 @@ def calibrate(
     if "distances" in needs:
         num_contexts = max(min(request.num_contexts, len(tokens_T) // max(request.context, 1)), 1)
         contexts_BT = first_windows(tokens_T, request.context, num_contexts)
-    layers = collect_moments(source.model, source.attention_paths, windows_BT, track=track)
+    layers = collect_moments(source.model, source.attention_paths, source.carried, windows_BT, track=track)
     if "gradients" in needs:
-        moments = collect_gradients(source.model, source.key_value_paths, windows_BT, seed=request.seed, track=track)
+        moments = collect_gradients(source.model, source.key_value_taps, windows_BT, seed=request.seed, track=track)
         layers = [replace(layer, gradient_moment_EE=m) for layer, m in zip(layers, moments, strict=True)]
     if contexts_BT is not None:
         shares = collect_distances(source.model, source.attention_paths, source.attention, contexts_BT, track=track)
@@ -126,7 +126,7 @@ def convert_layers(plan: Plan, *, track: Track = silent) -> Iterator[Factors]:
     for index in track(range(len(plan.ranks)), label="factorizing", total=len(plan.ranks)):
         weights, stats = plan.source.attention(index), plan.stats(index)
         if prefix is not None and stats is not None:
-            stats = prefix.stats(index, stats)
+            stats = prefix.stats(index, weights.carried, stats)
         keys = split_keys(plan, weights, stats, plan.ranks[index].rope_dim // 2)
         factors = factorize(plan.recipe.factorization, weights, keys, stats, plan.ranks[index])
         yield factors if prefix is None else replace(factors, latent=prefix.fitted(index, factors.latent))
@@ -156,7 +156,7 @@ def convert(plan: Plan, out_dir: Path, *, track: Track = silent) -> Report:
             writer.write_shard(index + 1, named | _carried(plan, carried[index]))
             reports.append(layer_report(plan.ranks[index], factors))
             rope = factors.latent.rope
-            frequencies.append(plan.target.spec.rope_frequencies if rope is None else rope.frequencies)
+            frequencies.append(plan.target.spec.rope_frequencies[index] if rope is None else rope.frequencies)
         writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
         with writing(out_dir):
             source.copy_side_files(writer.partial)

@@ -50,9 +50,9 @@ def _full_rank(source: Source, split: RoRope, calibration: Calibration) -> list[
         weights = source.attention(index)
         slots = split(weights, calibration.layers[index])
         keys = slots.split(len(slots.frequencies))
-        D = source.spec.hidden_size
+        X = source.spec.feature_width
         ranks = LayerRanks(
-            2 * len(slots.frequencies), min(len(keys.rest_MD), D), min(source.spec.kv_width, D), joint=False
+            2 * len(slots.frequencies), min(len(keys.rest_MX), X), min(source.spec.kv_width, X), joint=False
         )
         latents.append(factorize(Svd(), weights, keys, None, ranks).latent)
     return latents

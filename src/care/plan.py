@@ -60,7 +60,7 @@ def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch
     num_slots = recipe.rope.num_slots(spec) if absorbed else 0
     target = Target(
         config=source.config, spec=spec, mode=recipe.mode,
-        slot_frequencies=recipe.rope.frequencies(spec) if absorbed else spec.rope_frequencies,
+        slot_frequencies=recipe.rope.frequencies(spec) if absorbed else spec.shared_frequencies,
         deepseek_body=source.architecture.deepseek_body, dtype=dtype or source.dtype,
     )  # fmt: skip
     layout = FORMATS[recipe.format]
@@ -151,13 +151,13 @@ Spectra = Sequence[Sequence[torch.Tensor]]
 def _joint_ranks(plan: Plan, spectra: Spectra, rope_dim: int, budget: int) -> tuple[LayerRanks, ...]:
     spec = plan.target.spec
     num_keys = spec.kv_width - rope_dim
-    ranks = _side(plan, spectra, 0, min(num_keys + spec.kv_width, spec.hidden_size), budget)
+    ranks = _side(plan, spectra, 0, min(num_keys + spec.kv_width, spec.feature_width), budget)
     return tuple(LayerRanks(rope_dim, r if num_keys else 0, r, joint=True) for r in ranks)
 
 
 def _separate_ranks(plan: Plan, spectra: Spectra, rope_dim: int, budget: int) -> tuple[LayerRanks, ...]:
     spec, L = plan.target.spec, plan.target.spec.num_layers
-    key_cap, value_cap = min(spec.kv_width - rope_dim, spec.hidden_size), min(spec.kv_width, spec.hidden_size)
+    key_cap, value_cap = min(spec.kv_width - rope_dim, spec.feature_width), min(spec.kv_width, spec.feature_width)
     half = budget // 2
     if FORMATS[plan.recipe.format].one_width:
         half -= half % L

@@ -3,15 +3,17 @@
 Two streams of hidden states go through the decoder layers side by side, the source's and that of the converted prefix.
 A layer's input moment is taken on the converted stream, and its output projection is refit so that the residual
 stream after attention comes out as the source's: to the source's attention output plus whatever the two streams have
-drifted apart.
+drifted apart. Where a norm stands between attention and the residual stream, to the attention output alone.
 """
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .calibration import DecoderLayers, MomentAccumulator
+from .carried import Carried
 from .modeling.native import build_layer, layer_swapped
 from .refit import OutputMoments, Ridge
 from .source import Source
@@ -32,15 +34,16 @@ class Prefix:
         self._own = list(entering.split(max(BATCH_TOKENS // window, 1)))
         self._converted = list(self._own)
 
-    def stats(self, index: int, stats: LayerStats) -> LayerStats:
+    def stats(self, index: int, carried: Carried, stats: LayerStats) -> LayerStats:
         """A layer's statistics with the input moments of the converted prefix."""
-        accumulator = MomentAccumulator(self._source.spec.hidden_size)
+        carried = carried.to(self._source.model.device, torch.float32)
+        accumulator = MomentAccumulator(self._source.spec.hidden_size, carried)
         for hidden_BTD in self._converted:
             accumulator.add(self._layers.input_of(index, self._source.attention_paths[index], hidden_BTD))
         moments = accumulator.stats(index)
         return replace(
-            stats, num_tokens=moments.num_tokens, input_moment_DD=moments.input_moment_DD,
-            input_magnitude_D=moments.input_magnitude_D,
+            stats, num_tokens=moments.num_tokens, input_moment_XX=moments.input_moment_XX,
+            input_magnitude_X=moments.input_magnitude_X,
         )  # fmt: skip
 
     def fitted(self, index: int, latent: LatentAttention) -> LatentAttention:
@@ -50,7 +53,7 @@ class Prefix:
             reads = [self._layers.input_of(index, f"{path}.o_proj", hidden_BTD) for hidden_BTD in self._converted]
         for batch, (own_BTD, converted_BTD) in enumerate(zip(self._own, self._converted, strict=True)):
             self._own[batch], added_BTD = self._layers.run_with_attention(index, path, own_BTD)
-            wanted_BTD = own_BTD + added_BTD - converted_BTD
+            wanted_BTD = added_BTD if self._source.architecture.post_norm else added_BTD + own_BTD - converted_BTD
             moments.add(reads[batch].flatten(0, 1), wanted_BTD.flatten(0, 1))
         latent = self._refit.output(latent, moments)
         with self._converted_layer(index, latent):

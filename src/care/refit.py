@@ -24,11 +24,13 @@ class OutputMoments:
     def __init__(self, latent: LatentAttention) -> None:
         D, H, V = latent.out_DHV.shape
         self.num_tokens = 0
+        self._bias_D = latent.carried.out_bias_D
         self.inner_ZZ = torch.zeros(H * V, H * V, dtype=torch.float64)
         self.cross_DZ = torch.zeros(D, H * V, dtype=torch.float64)
 
     def add(self, z_TZ: Tensor, y_TD: Tensor) -> None:
-        """Add what the projection read and what it should have given."""
+        """Add what the projection read and what it should have given, its bias included."""
+        y_TD = y_TD if self._bias_D is None else y_TD - self._bias_D.to(y_TD)
         self.num_tokens += z_TZ.shape[0]
         self.inner_ZZ += (z_TZ.T @ z_TZ).cpu()
         self.cross_DZ += (y_TD.T @ z_TZ).cpu()

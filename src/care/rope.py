@@ -20,6 +20,7 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rope settings of a config.json, whether in `rope_parameters` or in the older keys."""
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     settings.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    settings.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
     settings["rope_type"] = settings.get("rope_type") or settings.pop("type", None) or "default"
     return settings
 
@@ -53,8 +54,10 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[float, .
         raise UnsupportedModel(
             f"rope type {kind!r} changes with the running length; supported: {', '.join(STATIC_ROPE_TYPES)}"
         )
-    if settings.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel("rotary embedding of a part of the head dim is not supported yet")
+    if settings["partial_rotary_factor"] != 1.0:
+        raise UnsupportedModel(
+            f"partial_rotary_factor {settings['partial_rotary_factor']}: heads that rotate in part are not supported"
+        )
     frequencies_F = inverse_frequencies(float(settings["rope_theta"]), head_dim)
     if kind == "linear":
         frequencies_F = frequencies_F / settings["factor"]

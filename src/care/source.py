@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 
 from .architectures import architecture_for
 from .architectures.base import Architecture
+from .calibration import Tap
+from .carried import Carried
 from .checkpoint import SafetensorsReader, StateReader, TensorReader
-from .errors import BadInput
+from .errors import BadInput, UnsupportedModel
 from .modeling import loading
 from .modeling.loading import Location, check_device, expected_shapes, load_config, load_model, load_tokenizer, locate
 from .types import AttentionSpec, AttentionWeights
@@ -65,9 +67,23 @@ class Source:
         return [self.architecture.attention.format(i=i) for i in range(self.spec.num_layers)]
 
     @property
-    def key_value_paths(self) -> list[tuple[str, str]]:
-        """Module paths of each layer's key and value projection."""
-        return [(f"{path}.{self.architecture.k}", f"{path}.{self.architecture.v}") for path in self.attention_paths]
+    def key_value_taps(self) -> list[tuple[Tap, Tap]]:
+        """Where each layer's keys, after any norm and before RoPE, and its values are found in the running model."""
+        facts, width, queries = self.architecture, self.spec.kv_width, self.spec.num_heads * self.spec.head_dim
+        keys, values = Tap(facts.k), Tap(facts.v)
+        if facts.qkv:
+            keys, values = (Tap(facts.qkv, first, width) for first in (queries, queries + width))
+        if facts.norms:
+            keys = Tap(facts.norms.k, heads_first=facts.norms.heads_first)
+        return [
+            (replace(keys, path=f"{path}.{keys.path}"), replace(values, path=f"{path}.{values.path}"))
+            for path in self.attention_paths
+        ]
+
+    @property
+    def carried(self) -> list[Carried]:
+        """What each layer computes beside its linear maps."""
+        return [self.architecture.read_carried(self.reader, i, self.spec) for i in range(self.spec.num_layers)]
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -93,8 +109,11 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the attention facts and the first layer's keys: tells one source from another."""
-        digest = hashlib.sha256(json.dumps([self.spec.num_layers, self.spec.rope_frequencies]).encode())
-        digest.update(self.attention(0).k_GKD.float().contiguous().numpy().tobytes())
+        table = self.spec.shared_frequencies or self.spec.rope_frequencies
+        weights = self.attention(0)
+        keys = weights.carried.keys.proj_ED if weights.carried.keys else weights.k_GKX
+        digest = hashlib.sha256(json.dumps([self.spec.num_layers, table]).encode())
+        digest.update(keys.float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def copy_side_files(self, directory: Path) -> None:
@@ -113,5 +132,8 @@ def open_source(name: str, device: str = "cpu") -> Source:
     """Open a directory, a hub id or a GGUF file as a source; every misfit is reported now."""
     location = locate(name)
     config = load_config(location)
+    if location.gguf_file is None and config.get("quantization_config"):
+        method = dict(config["quantization_config"]).get("quant_method", "unknown method")
+        raise UnsupportedModel(f"{name} is quantized ({method}); convert the 16-bit checkpoint that it was made from")
     architecture = architecture_for(config)
     return Source(name, location, config, architecture, architecture.spec(config), check_device(device))

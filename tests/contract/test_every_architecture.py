@@ -12,7 +12,8 @@ from care.attention import source_attention
 from care.checkpoint import StateReader
 from care.errors import BadInput, UnsupportedModel
 from care.modeling.loading import expected_shapes
-from tiny import TINY, TinyModels
+from modules import assert_spec_is_the_models
+from tiny import SLIDING_WINDOW, TINY, TinyModels, attention_passes, random_tokens
 from tolerances import assert_close
 
 EVERY = pytest.mark.parametrize("name", list(TINY))
@@ -29,15 +30,18 @@ def test_every_architecture_is_listed_under_its_model_type() -> None:
 
 @EVERY
 def test_spec_is_the_models(tiny: TinyModels, name: str) -> None:
-    spec, model = tiny.source(name).spec, tiny.source_model(name)
-    attention = model.model.layers[0].self_attn
-    assert spec.num_layers == len(model.model.layers)
-    assert spec.hidden_size == attention.q_proj.in_features
-    assert spec.head_dim == attention.head_dim
-    assert spec.num_heads * spec.head_dim == attention.q_proj.out_features
-    assert spec.kv_width == attention.k_proj.out_features
-    assert spec.num_heads // spec.num_kv_heads == attention.num_key_value_groups
-    assert_close(torch.tensor(spec.rope_frequencies), model.model.rotary_emb.inv_freq, "fp32 table")
+    model = tiny.source_model(name)
+    assert_spec_is_the_models(tiny.source(name).spec, model, model.model.rotary_emb)
+
+
+def test_layers_that_differ_are_covered(tiny: TinyModels) -> None:
+    """The test above would pass for models whose layers are all alike."""
+    specs = {
+        name: tiny.source(name).spec for name in ("gemma2-softcap", "gemma3-local", "qwen2-window", "smollm3-nope")
+    }
+    assert all(specs[name].windows[1] != specs[name].windows[0] for name in list(specs)[:3])
+    assert specs["smollm3-nope"].rope_frequencies[1] == (0.0,) * 4
+    assert len(set(specs["gemma3-local"].rope_frequencies)) == 2
 
 
 @EVERY
@@ -49,12 +53,9 @@ def test_every_tensor_is_claimed_once(tiny: TinyModels, name: str) -> None:
     carried = [n for names in architecture.untouched(source.reader, spec).values() for n in names]
     dropped = [n for n in source.reader.names() if architecture.drops(n)]
     assert Counter(converted + carried + dropped) == Counter(source.reader.names())
-    assert set(source.reader.names()) == set(tiny.source_model(name).state_dict()) - tied_names(name)
-
-
-def tied_names(name: str) -> set[str]:
-    """What transformers leaves out of a checkpoint with a tied head."""
-    return {"lm_head.weight"} if TINY[name]["tie_word_embeddings"] else set()
+    parts = {n.rpartition(".")[0].partition("self_attn.")[2] for n in converted}
+    model = tiny.source_model(name).model
+    assert parts == {part for part, module in model.layers[0].self_attn.named_modules() if module.state_dict() and part}
 
 
 @EVERY
@@ -68,19 +69,10 @@ def test_tensors_are_carried_with_their_own_layer(tiny: TinyModels, name: str) -
 
 @EVERY
 def test_reference_attention_is_transformers_attention(tiny: TinyModels, name: str) -> None:
-    """Every layer on inputs shorter than a sliding window."""
-    source, model = tiny.source(name), tiny.source_model(name)
-    x_TD = torch.randn(7, source.spec.hidden_size)
-    for index, layer in enumerate(model.model.layers):
-        theirs = transformers_attention(model, layer.self_attn, x_TD)
-        assert_close(source_attention(source.attention(index), x_TD), theirs, "fp32 attention")
-
-
-def transformers_attention(model: Any, attention: Any, x_TD: Tensor) -> Tensor:
-    """The module of a loaded model, causal, positions from 0."""
-    angles = model.model.rotary_emb(x_TD[None], torch.arange(len(x_TD))[None])
-    with torch.inference_mode():
-        return attention(hidden_states=x_TD[None], position_embeddings=angles, attention_mask=None)[0][0]
+    """Every layer on what it sees in the model, beyond the sliding window."""
+    source = tiny.source(name)
+    for index, passed in enumerate(attention_passes(tiny.source_model(name), random_tokens(3 * SLIDING_WINDOW))):
+        assert_close(source_attention(source.attention(index), passed.x_BTD[0]), passed.y_BTD[0], "fp32 attention")
 
 
 def _state(name: str, tiny: TinyModels) -> dict[str, Tensor]:
@@ -98,7 +90,7 @@ def test_missing_misshapen_and_unknown_tensors_are_refused(tiny: TinyModels, nam
     changes: list[tuple[dict[str, Tensor], type[Exception], str]] = [
         ({n: t for n, t in state.items() if n != key}, BadInput, "is missing"),
         ({**state, key: state[key][:-1]}, BadInput, "config.json says"),
-        ({**state, key.replace(".weight", ".bias"): torch.zeros(1)}, UnsupportedModel, "has no place"),
+        ({**state, source.architecture.attention.format(i=1) + ".sinks": torch.zeros(1)}, UnsupportedModel, "no place"),
         ({**state, source.architecture.layer.format(i=3) + ".x": torch.zeros(1)}, UnsupportedModel, "has no place"),
     ]
     for changed, error, words in changes:
@@ -107,11 +99,14 @@ def test_missing_misshapen_and_unknown_tensors_are_refused(tiny: TinyModels, nam
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_biases_promised_by_the_config_are_refused(name: str) -> None:
+def test_configs_that_cannot_be_converted_are_refused(name: str) -> None:
     architecture = ARCHITECTURES[name]
-    config = {"num_attention_heads": 2, "hidden_size": HIDDEN, "num_hidden_layers": 1}
+    config: dict[str, Any] = {
+        "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": HIDDEN, "num_hidden_layers": 1,
+        "head_dim": None, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
     assert architecture.spec(config).head_dim == HIDDEN // 2
-    for key in architecture.no_bias_keys:
+    for key in architecture.refused:
         with pytest.raises(UnsupportedModel, match=key):
             architecture.spec({**config, key: True})
     with pytest.raises(BadInput, match="num_hidden_layers"):

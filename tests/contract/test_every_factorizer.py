@@ -39,21 +39,21 @@ SIZES = st.builds(
 def ranks_of(method: Factorizer, split: KeySplit, key_rank: int, value_rank: int) -> LayerRanks:
     """Ranks as the conversion would give them; a joint latent has `value_rank`."""
     rope_dim = 2 * len(split.rope.frequencies) if split.rope else 0
-    key_rank = (value_rank if len(split.rest_MD) else 0) if method.joint else key_rank
+    key_rank = (value_rank if len(split.rest_MX) else 0) if method.joint else key_rank
     return LayerRanks(rope_dim, key_rank, value_rank, method.joint)
 
 
 def full_ranks(method: Factorizer, split: KeySplit, weights: AttentionWeights) -> LayerRanks:
     """Every direction that keys and values can have."""
     D = weights.q_HKD.shape[2]
-    keys, values = len(split.rest_MD), weights.v_GKD.shape[0] * weights.v_GKD.shape[1]
+    keys, values = len(split.rest_MX), weights.v_GKX.shape[0] * weights.v_GKX.shape[1]
     return ranks_of(method, split, min(keys, D), min(keys + values if method.joint else values, D))
 
 
 def approximations(latent: LatentAttention) -> tuple[Tensor, Tensor]:
     """The maps from input to no-rope keys and to values that a latent layer carries out."""
-    keys = latent.k_up_GNR.flatten(0, 1) @ latent.kv_down_RD[: latent.k_rank]
-    values = latent.v_up_GVR.flatten(0, 1) @ latent.kv_down_RD[len(latent.kv_down_RD) - latent.v_rank :]
+    keys = latent.k_up_GNR.flatten(0, 1) @ latent.kv_down_RX[: latent.k_rank]
+    values = latent.v_up_GVR.flatten(0, 1) @ latent.kv_down_RX[len(latent.kv_down_RX) - latent.v_rank :]
     return keys, values
 
 
@@ -90,7 +90,7 @@ def blocks_of(
     method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats, latent: LatentAttention
 ) -> list[Block]:
     """The maps of a layer and their approximations: one stacked map if the latent is joint, else two."""
-    keys, values = split.rest_MD, weights.v_GKD.flatten(0, 1)
+    keys, values = split.rest_MX, weights.v_GKX.flatten(0, 1)
     metric_DD = method.metric(stats)
     output_MM = method.output_metric(Targets(keys, values, split.error_EM, metric_DD), stats)
     kept_keys, kept_values = approximations(latent)
@@ -188,7 +188,7 @@ def test_reported_errors_are_measured_errors(method: Factorizer) -> None:
     split = whole_keys(weights)
     factors = factorize(method, weights, split, stats, ranks_of(method, split, 5, 5))
     metric_DD = method.metric(stats)
-    exact = (split.rest_MD, weights.v_GKD.flatten(0, 1))
+    exact = (split.rest_MX, weights.v_GKX.flatten(0, 1))
     for whole, kept, said in zip(
         exact, approximations(factors.latent), (factors.key_error, factors.value_error), strict=True
     ):
@@ -231,7 +231,7 @@ def test_order_of_heads_does_not_matter(method: Factorizer) -> None:
     weights, x_TD = random_layer(size), random_inputs(NUM_INPUTS, size.D)
     heads = torch.tensor([4, 5, 0, 1, 2, 3])
     moved = AttentionWeights(
-        weights.q_HKD[heads], weights.k_GKD[[2, 0, 1]], weights.v_GKD[[2, 0, 1]], weights.out_DHK[:, heads],
+        weights.q_HKD[heads], weights.k_GKX[[2, 0, 1]], weights.v_GKX[[2, 0, 1]], weights.out_DHK[:, heads],
         weights.rope_frequencies, weights.scale,
     )  # fmt: skip
     stats = stats_of(x_TD, size)
@@ -262,7 +262,7 @@ def test_whitened_never_loses_to_plain_svd(size: LayerSize, seed: int, shrinkage
     weights, stats = random_layer(size, seed), stats_of(random_inputs(NUM_INPUTS, size.D, seed), size, seed)
     split, whitened = whole_keys(weights), Whitened(shrinkage=shrinkage)
     metric_DD = whitened.metric(stats)
-    exact = (split.rest_MD, weights.v_GKD.flatten(0, 1))
+    exact = (split.rest_MX, weights.v_GKX.flatten(0, 1))
     for rank in range(1, min(size.G * size.K, size.D) + 1):
         ranks = LayerRanks(0, rank, rank, joint=False)
         pairs = [approximations(factorize(m, weights, split, stats, ranks).latent) for m in (whitened, Svd())]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from care.carried import QkNorm
 from care.checkpoint import SafetensorsReader
 from care.errors import InvalidRecipe
 from care.formats import FORMATS
@@ -37,7 +38,7 @@ COMBINATIONS = [
 def target_of(tiny: TinyModels, name: str, **changes: Any) -> Target:
     """What a format is asked to express: one slot per source frequency."""
     source = tiny.source(name)
-    target = Target(source.config, source.spec, "absorbed", source.spec.rope_frequencies, True, torch.float32)
+    target = Target(source.config, source.spec, "absorbed", source.spec.shared_frequencies, True, torch.float32)
     return replace(target, **changes)
 
 
@@ -114,11 +115,33 @@ def test_deepseek_refuses_what_it_cannot_express(tiny: TinyModels, changes: dict
         FORMATS["deepseek"].check(target_of(tiny, "llama-gqa", **changes))
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [("hidden_act", "gelu", "silu"), ("sliding_window", 8, "sliding")])
+@pytest.mark.parametrize(("key", "value", "words"), [("hidden_act", "gelu", "silu"), ("mlp_bias", True, "llama body")])
 def test_deepseek_refuses_configs_it_cannot_express(tiny: TinyModels, key: str, value: object, words: str) -> None:
     target = target_of(tiny, "llama-gqa")
     with pytest.raises(InvalidRecipe, match=words):
         FORMATS["deepseek"].check(replace(target, config={**target.config, key: value}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"qkv_bias": True}, "no biases in attention"),
+        ({"out_bias": True}, "no biases in attention"),
+        ({"qk_norm": QkNorm(8, 8, 1e-6)}, "no norm on queries and keys"),
+        ({"softcap": 30.0}, "no soft cap on scores"),
+        ({"windows": (None, 8, None)}, "no sliding window"),
+    ],
+)
+def test_deepseek_refuses_attention_it_cannot_express(tiny: TinyModels, changes: dict[str, Any], words: str) -> None:
+    target = target_of(tiny, "llama-gqa")
+    with pytest.raises(InvalidRecipe, match=f"{words}, which this source uses; use --format native"):
+        FORMATS["deepseek"].check(replace(target, spec=replace(target.spec, **changes)))
+
+
+def test_deepseek_refuses_layers_with_tables_of_their_own(tiny: TinyModels) -> None:
+    recipe = load_recipe("transmla", format="deepseek")
+    with pytest.raises(InvalidRecipe, match="one table of rope slots for all layers; use --format native"):
+        check_request(tiny.source("smollm3-nope"), recipe, 0.5)
 
 
 def test_one_width_formats_refuse_allocations_by_layer(tiny: TinyModels) -> None:

@@ -30,7 +30,7 @@ EVERY = pytest.mark.parametrize(
 
 def spec_of(size: LayerSize, frequencies: tuple[float, ...]) -> AttentionSpec:
     """The facts that a split is asked about before weights are read."""
-    return AttentionSpec(1, size.D, size.H, size.G, size.K, frequencies)
+    return AttentionSpec(1, size.D, size.H, size.G, size.K, (frequencies,), size.K**-0.5)
 
 
 def split_keys(split: RopeSplit, size: LayerSize) -> tuple[KeySplit, Slots]:
@@ -50,8 +50,8 @@ def test_slots_are_those_promised(split: RopeSplit) -> None:
     promised = split.frequencies(spec_of(SIZE, weights.rope_frequencies))
     assert promised is None or keys.rope.frequencies == promised
     assert list(keys.rope.frequencies) == sorted(keys.rope.frequencies, reverse=True) or isinstance(split, KeepAll)
-    assert len(keys.rope.k_rope_PD) == 2 * len(keys.rope.frequencies)
-    assert len(keys.rope.k_rope_PD) + len(keys.rest_MD) == SIZE.G * SIZE.K
+    assert len(keys.rope.k_rope_PX) == 2 * len(keys.rope.frequencies)
+    assert len(keys.rope.k_rope_PX) + len(keys.rest_MX) == SIZE.G * SIZE.K
 
 
 @EVERY
@@ -68,12 +68,12 @@ def test_scores_at_one_position_are_the_sources(split: RopeSplit) -> None:
     keys, _ = split_keys(split, SIZE)
     assert keys.rope is not None
     q_HTK = torch.einsum("hkd,td->htk", weights.q_HKD, x_TD)
-    k_HTK = torch.einsum("gkd,td->gtk", weights.k_GKD, x_TD).repeat_interleave(SIZE.H // SIZE.G, 0)
+    k_HTK = torch.einsum("gkd,td->gtk", weights.k_GKX, x_TD).repeat_interleave(SIZE.H // SIZE.G, 0)
     scores_HTU = torch.einsum("htk,huk->htu", q_HTK, k_HTK)
-    rope_HTU = torch.einsum("hpk,htk,pd,ud->htu", keys.rope.q_rope_HPK, q_HTK, keys.rope.k_rope_PD, x_TD)
+    rope_HTU = torch.einsum("hpk,htk,pd,ud->htu", keys.rope.q_rope_HPK, q_HTK, keys.rope.k_rope_PX, x_TD)
     expand_HNM = keys.expand_GNM.repeat_interleave(SIZE.H // SIZE.G, 0)
     q_nope_HTN = torch.einsum("hnk,htk->htn", keys.rope.q_nope_HNK, q_HTK)
-    nope_HTU = torch.einsum("htn,hnm,md,ud->htu", q_nope_HTN, expand_HNM, keys.rest_MD, x_TD)
+    nope_HTU = torch.einsum("htn,hnm,md,ud->htu", q_nope_HTN, expand_HNM, keys.rest_MX, x_TD)
     assert_close(rope_HTU + nope_HTU, scores_HTU, "fp64")
 
 
@@ -82,7 +82,7 @@ def full_rank(split: RopeSplit, size: LayerSize, x_TD: Tensor) -> Tensor:
     weights, stats = random_layer(size), stats_of(x_TD)
     keys = split(weights, stats).split(split.num_slots(spec_of(size, weights.rope_frequencies)) or 0)
     rope_dim = 2 * len(keys.rope.frequencies) if keys.rope else 0
-    ranks = LayerRanks(rope_dim, len(keys.rest_MD), size.G * size.K, joint=False)
+    ranks = LayerRanks(rope_dim, len(keys.rest_MX), size.G * size.K, joint=False)
     return latent_attention(factorize(Svd(), weights, keys, stats, ranks).latent, x_TD[:12], ())
 
 

@@ -8,7 +8,7 @@ import care
 PACKAGE = Path(care.__file__).parent
 
 LAYERS = (
-    {"errors", "types", "progress", "version"},
+    {"errors", "carried", "types", "progress", "version"},
     {"linalg", "rope", "attention", "checkpoint"},
     {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats", "refit"},
     {"prefix", "recipe", "source", "plan", "conversion", "comparison", "folding", "modeling", "evaluation"},

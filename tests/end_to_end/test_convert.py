@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from care.checkpoint import StateReader
 from care.conversion import CalibrationRequest, calibrate, convert
+from care.errors import BadInput
 from care.evaluation import live_cache
 from care.factorization import Svd, Whitened, factorize
 from care.modeling.loading import Location, load_model
@@ -47,6 +51,23 @@ CASES = [
     Case("mistral", "care-mla", 0.5, "absorbed", "deepseek"),
     Case("mistral-window", "care-mla", 0.5, "absorbed", "native"),
     Case("mistral-window", "svd-llm", 0.5, "rebuild", "native"),
+    Case("llama-bias", "mha2mla", 0.5, "rebuild", "native"),
+    Case("qwen2-bias", "care-mla", 0.5, "absorbed", "native"),
+    Case("qwen2-window", "svd-llm", 0.5, "rebuild", "native"),
+    Case("qwen3-norm", "care-mla", 0.5, "absorbed", "native"),
+    Case("qwen3-norm", "care-u", 0.5, "rebuild", "native"),
+    Case("qwen3-norm-bias", "best", 0.5, "absorbed", "native"),
+    Case("qwen3-moe", "care-u", 0.5, "rebuild", "native"),
+    Case("gemma2-softcap", "care-mla", 0.5, "absorbed", "native"),
+    Case("gemma2-softcap", "palu", 0.5, "rebuild", "native"),
+    Case("gemma3-local", "best", 0.75, "absorbed", "native"),
+    Case("gemma3-local", "svd-llm", 0.5, "rebuild", "native"),
+    Case("mixtral", "care-mla", 0.5, "absorbed", "native"),
+    Case("phi3-fused", "care-mla", 0.5, "absorbed", "native"),
+    Case("olmo2-norm", "care-mla", 0.5, "absorbed", "native"),
+    Case("olmo2-norm", "care-u", 0.5, "rebuild", "native"),
+    Case("smollm3-nope", "best", 0.5, "absorbed", "native"),
+    Case("smollm3-nope", "svd-llm", 0.5, "rebuild", "native"),
 ]
 """Every source, recipe family, mode and format at least once, below the source's width."""
 
@@ -77,9 +98,16 @@ def kind_of(case: Case) -> str:
     return "deepseek logits" if case.format == "deepseek" else "fp32 logits"
 
 
+FULL = [
+    (source, recipe)
+    for source in TINY for recipe in recipe_names()
+    if source in ("llama-gqa", "llama-wide") or recipe in ("care-mla", "best-rebuild", "palu")
+]  # fmt: skip
+"""Every recipe on two sources, and on every source a recipe of each kind."""
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("recipe", recipe_names())
-@pytest.mark.parametrize("source", list(TINY))
+@pytest.mark.parametrize(("source", "recipe"), FULL)
 def test_full_budget_is_lossless(tiny: TinyModels, source: str, recipe: str, mode: Mode) -> None:
     """The paper's KV parity: the source's logits at no more than the source's cache."""
     case = Case(source, recipe, 1.0, mode, "native")
@@ -330,21 +358,52 @@ def test_nothing_but_attention_changes_in_native(tiny: TinyModels, case: Case) -
             assert_close(converted[name], tensor * (scale if scaled else 1.0), "fp32 table")
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gemma3-local", "phi3-fused", "qwen2-bias"])
+def test_a_model_in_memory_converts_as_its_checkpoint(tiny: TinyModels, name: str, tmp_path: Path) -> None:
+    """Sources from GGUF files have transformers' own names and layouts: experts are fused there."""
+    source = open_source(str(tiny.directory(name)))
+    source.__dict__["reader"] = StateReader(tiny.source_model(name).state_dict())
+    convert(plan_conversion(source, load_recipe("palu"), 1.0, None), tmp_path / "out")
+    tokens = random_tokens(20)
+    loaded = load_model(Location(tmp_path / "out"), dtype=torch.float32)
+    assert_close(logits_of(loaded, tokens), logits_of(tiny.source_model(name), tokens), "fp32 logits")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-norm"])
+def test_the_fingerprint_is_that_of_the_keys(tiny: TinyModels, name: str) -> None:
+    """Statistics must not be taken for those of a model of the same shape; with normalized keys k_GKX is a constant."""
+    source, other = open_source(str(tiny.directory(name))), open_source(str(tiny.directory(name)))
+    state = dict(tiny.source_model(name).state_dict())
+    key = "model.layers.0.self_attn.k_proj.weight"
+    other.__dict__["reader"] = StateReader({**state, key: state[key] * 1.5})
+    assert source.fingerprint == open_source(str(tiny.directory(name))).fingerprint != other.fingerprint
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_not_run(tiny: TinyModels, tmp_path: Path) -> None:
+    """transformers would draw it at random."""
+    shutil.copytree(tiny.converted(Case("mixtral", "care-mla", 0.5, "absorbed", "native")), tmp_path / "out")
+    shard = tmp_path / "out" / "model-00002-of-00004.safetensors"
+    lost = "model.layers.1.self_attn.v_b_proj.weight"
+    save_file({name: t for name, t in load_file(shard).items() if name != lost}, shard, {"format": "pt"})
+    with pytest.raises(BadInput, match=f"lacks tensor {lost}"):
+        load_model(Location(tmp_path / "out"), dtype=torch.float32)
+
+
 def test_care_u_keeps_more_of_the_activations_than_palu(tiny: TinyModels) -> None:
     """On the activations themselves, unshrunk, in every layer and at every rank."""
     source, calibration = tiny.source("llama-gqa"), tiny.calibration("llama-gqa")
     for index, stats in enumerate(calibration.layers):
         weights = source.attention(index)
         split = whole_keys(weights)
-        values_ED = weights.v_GKD.flatten(0, 1).double()
+        values_ED = weights.v_GKX.flatten(0, 1).double()
         for rank in range(1, source.spec.kv_width):
             ranks = LayerRanks(0, rank, rank, joint=False)
             errors = []
             for method in (Whitened(), Svd()):
                 latent = factorize(method, weights, split, stats, ranks).latent
-                kept_ED = latent.v_up_GVR.flatten(0, 1) @ latent.kv_down_RD[rank:]
+                kept_ED = latent.v_up_GVR.flatten(0, 1) @ latent.kv_down_RX[rank:]
                 lost_ED = values_ED - kept_ED
-                errors.append(float(torch.einsum("md,de,me->", lost_ED, stats.input_moment_DD, lost_ED)))
+                errors.append(float(torch.einsum("md,de,me->", lost_ED, stats.input_moment_XX, lost_ED)))
             assert errors[0] <= errors[1]
 
 

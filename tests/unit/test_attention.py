@@ -57,7 +57,7 @@ def random_latent(rope: bool) -> LatentAttention:
 
     decoupled = DecoupledRope(draw(H, P, K), draw(H, N, K), draw(P, D), (1.0, 0.2)) if rope else None
     return LatentAttention(
-        q_HKD=3 * draw(H, K, D), kv_down_RD=3 * draw(R, D), k_up_GNR=9 * draw(G, N if rope else K, 3),
+        q_HKD=3 * draw(H, K, D), kv_down_RX=3 * draw(R, D), k_up_GNR=9 * draw(G, N if rope else K, 3),
         v_up_GVR=draw(G, V, 4), out_DHV=draw(D, H, V), scale=0.7, rope=decoupled,
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_latent_attention_is_its_definition(rope: bool) -> None:
     """Head by head and pair by pair, with loops."""
     latent, x_TD = random_latent(rope), random_inputs(T, 20)
     table = (1.0, 0.3, 0.1)
-    c_TR = x_TD @ latent.kv_down_RD.T
+    c_TR = x_TD @ latent.kv_down_RX.T
     expected_TD = torch.zeros(T, 20, dtype=torch.float64)
     for h in range(4):
         keys = c_TR[:, :3] @ latent.k_up_GNR[h // 2].T
@@ -87,7 +87,7 @@ def score(latent: LatentAttention, x_TD: Tensor, keys: Tensor, h: int, t: int, u
         return rotate_half_split(query_K, *angles) @ keys[u]
     angles = rotation(torch.tensor(t - u), torch.tensor(latent.rope.frequencies, dtype=torch.float64))
     turned_P = rotate_interleaved(latent.rope.q_rope_HPK[h] @ query_K, *angles)
-    return turned_P @ (latent.rope.k_rope_PD @ x_TD[u]) + (latent.rope.q_nope_HNK[h] @ query_K) @ keys[u]
+    return turned_P @ (latent.rope.k_rope_PX @ x_TD[u]) + (latent.rope.q_nope_HNK[h] @ query_K) @ keys[u]
 
 
 def test_latent_attention_counts_its_cache() -> None:
@@ -100,7 +100,7 @@ def test_latent_attention_counts_its_cache() -> None:
 def test_scale_counts() -> None:
     latent, x_TD = random_latent(rope=True), random_inputs(T, 20)
     flat = latent_attention(replace(latent, scale=0.0), x_TD, ())
-    values_TGV = torch.einsum("gvr,tr->tgv", latent.v_up_GVR, (x_TD @ latent.kv_down_RD.T)[:, 1:])
+    values_TGV = torch.einsum("gvr,tr->tgv", latent.v_up_GVR, (x_TD @ latent.kv_down_RX.T)[:, 1:])
     means = values_TGV.cumsum(0) / torch.arange(1, T + 1)[:, None, None]
     expected = torch.einsum("dhv,thv->td", latent.out_DHV, means.repeat_interleave(2, 1))
     assert_close(flat, expected, "fp64")

@@ -22,7 +22,7 @@ PAIRS = SIZE.G * SIZE.K // 2
 
 def spec() -> AttentionSpec:
     """The facts of the layer."""
-    return AttentionSpec(1, SIZE.D, SIZE.H, SIZE.G, SIZE.K, random_layer(SIZE).rope_frequencies)
+    return AttentionSpec(1, SIZE.D, SIZE.H, SIZE.G, SIZE.K, (random_layer(SIZE).rope_frequencies,), SIZE.K**-0.5)
 
 
 def test_all_slots_are_the_source() -> None:

@@ -73,8 +73,9 @@ def test_older_keys_mean_the_same() -> None:
 
 
 def test_absent_settings_are_the_defaults() -> None:
-    assert rope_settings({}) == {"rope_theta": 10000.0, "rope_type": "default"}
-    assert rope_settings({"rope_scaling": None, "rope_theta": 7.0}) == {"rope_theta": 7.0, "rope_type": "default"}
+    absent = {"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+    assert rope_settings({}) == absent
+    assert rope_settings({"rope_scaling": None, "rope_theta": 7.0}) == {**absent, "rope_theta": 7.0}
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "made-up"])
@@ -84,8 +85,10 @@ def test_moving_tables_are_refused(kind: str) -> None:
 
 
 def test_partial_rotation_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="part of the head dim"):
-        rope_frequencies({"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}, HEAD_DIM)
+    """In either place: Phi-4 mini has it beside the rope settings."""
+    for config in ({"rope_parameters": {"partial_rotary_factor": 0.5}}, {"partial_rotary_factor": 0.5}):
+        with pytest.raises(UnsupportedModel, match=r"partial_rotary_factor 0\.5: heads that rotate in part"):
+            rope_frequencies(config, HEAD_DIM)
 
 
 def test_half_split_rotation_is_llamas() -> None:

@@ -19,7 +19,7 @@ OPTIONS = [RoRope(8, 1), RoRope(8, 2), RoRope(8, 4), RoRope(4, 2), RoRope(4, 4),
 
 def key_moment(weights: AttentionWeights, x_TD: Tensor) -> Tensor:
     """E[k k^T] over all heads' key dims, from the keys themselves."""
-    keys_TE = x_TD @ weights.k_GKD.flatten(0, 1).T
+    keys_TE = x_TD @ weights.k_GKX.flatten(0, 1).T
     return keys_TE.T @ keys_TE / len(x_TD)
 
 
@@ -29,16 +29,16 @@ def test_slots_and_rest_are_an_orthonormal_basis(split: RoRope) -> None:
     x_TE = random_inputs(90, E)
     weights = AttentionWeights(
         q_HKD=torch.randn(SIZE.H, SIZE.K, E, dtype=torch.float64),
-        k_GKD=torch.eye(E, dtype=torch.float64).view(SIZE.G, SIZE.K, E),
-        v_GKD=torch.zeros(SIZE.G, SIZE.K, E, dtype=torch.float64),
+        k_GKX=torch.eye(E, dtype=torch.float64).view(SIZE.G, SIZE.K, E),
+        v_GKX=torch.zeros(SIZE.G, SIZE.K, E, dtype=torch.float64),
         out_DHK=torch.zeros(E, SIZE.H, SIZE.K, dtype=torch.float64),
         rope_frequencies=random_layer(SIZE).rope_frequencies, scale=1.0,
     )  # fmt: skip
     keys = split(weights, stats_of(x_TE)).split(4 // split.collapse(SIZE.K // 2))
     assert keys.rope is not None
-    basis_EE = torch.cat((keys.rope.k_rope_PD, keys.rest_MD))
+    basis_EE = torch.cat((keys.rope.k_rope_PX, keys.rest_MX))
     assert_close(basis_EE @ basis_EE.T, torch.eye(E, dtype=torch.float64), "fp64")
-    assert keys.rope.k_rope_PD.shape[0] == 8 // split.collapse(SIZE.K // 2)
+    assert keys.rope.k_rope_PX.shape[0] == 8 // split.collapse(SIZE.K // 2)
 
 
 def test_rotating_every_component_is_the_source() -> None:
@@ -58,12 +58,12 @@ def test_rotating_every_component_is_the_source() -> None:
 def test_the_kept_component_has_the_most_energy(m: int) -> None:
     """The top singular value of the stacked real and imaginary parts of one frequency, from an SVD of keys."""
     weights, x_TD = random_layer(SIZE), random_inputs(90, SIZE.D)
-    k_TGK = torch.einsum("gkd,td->tgk", weights.k_GKD, x_TD)
+    k_TGK = torch.einsum("gkd,td->tgk", weights.k_GKX, x_TD)
     stacked = torch.cat((k_TGK[:, :, m], k_TGK[:, :, m + SIZE.K // 2]))
     expected = torch.linalg.svdvals(stacked)[0].square() / len(x_TD)
     keys = RoRope(8, 1)(weights, stats_of(x_TD)).split(4)
     assert keys.rope is not None
-    slot_T2 = x_TD @ keys.rope.k_rope_PD[2 * m : 2 * m + 2].T
+    slot_T2 = x_TD @ keys.rope.k_rope_PX[2 * m : 2 * m + 2].T
     assert_numbers(float(slot_T2.square().sum() / len(x_TD)), float(expected), "fp64")
 
 
@@ -71,10 +71,10 @@ def test_the_kept_component_has_the_most_energy(m: int) -> None:
 def test_folding_keeps_the_strongest_of_its_band(folding: int) -> None:
     """As many as there are frequencies, strongest first, whatever head and frequency they come from."""
     weights, x_TD = random_layer(SIZE), random_inputs(90, SIZE.D)
-    k_TGK = torch.einsum("gkd,td->tgk", weights.k_GKD, x_TD)
+    k_TGK = torch.einsum("gkd,td->tgk", weights.k_GKX, x_TD)
     keys = RoRope(8, folding)(weights, stats_of(x_TD)).split(4)
     assert keys.rope is not None
-    slots = (x_TD @ keys.rope.k_rope_PD.T).square().sum(0).view(-1, 2).sum(1) / len(x_TD)
+    slots = (x_TD @ keys.rope.k_rope_PX.T).square().sum(0).view(-1, 2).sum(1) / len(x_TD)
     half = SIZE.K // 2
     for first in range(0, half, folding):
         real, imag = (k_TGK[:, :, d + first : d + first + folding].flatten(1) for d in (0, half))
@@ -87,8 +87,8 @@ def test_no_choice_of_heads_keeps_more() -> None:
     weights, x_TD = random_layer(SIZE), random_inputs(90, SIZE.D)
     keys = RoRope(8, 1)(weights, stats_of(x_TD)).split(4)
     assert keys.rope is not None
-    kept = float((x_TD @ keys.rope.k_rope_PD.T).square().sum())
-    alone = (x_TD @ weights.k_GKD[g].T for g in range(SIZE.G))
+    kept = float((x_TD @ keys.rope.k_rope_PX.T).square().sum())
+    alone = (x_TD @ weights.k_GKX[g].T for g in range(SIZE.G))
     assert all(kept > float(head.square().sum()) for head in alone)
 
 

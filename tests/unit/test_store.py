@@ -31,8 +31,8 @@ def test_round_trip_is_bit_identical(saved: tuple[Calibration, Path]) -> None:
     assert len(after.layers) == len(before.layers) == 3
     for one, other in zip(before.layers, after.layers, strict=True):
         assert one.num_tokens == other.num_tokens
-        assert torch.equal(one.input_moment_DD, other.input_moment_DD)
-        assert torch.equal(one.input_magnitude_D, other.input_magnitude_D)
+        assert torch.equal(one.input_moment_XX, other.input_moment_XX)
+        assert torch.equal(one.input_magnitude_X, other.input_magnitude_X)
 
 
 def test_layers_are_a_sequence(saved: tuple[Calibration, Path]) -> None:

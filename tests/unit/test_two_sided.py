@@ -21,11 +21,11 @@ RANKS = (1, 4, 9, 15)
 def quadratic_loss(latent: LatentAttention, stats: LayerStats) -> float:
     """E[(g . (W - W') x)^2] over independent x and g with the moments in `stats`, from the matrices themselves."""
     weights = random_layer(SIZE)
-    whole = torch.cat((weights.k_GKD.flatten(0, 1), weights.v_GKD.flatten(0, 1)))
-    kept = torch.cat((latent.k_up_GNR.flatten(0, 1), latent.v_up_GVR.flatten(0, 1))) @ latent.kv_down_RD
+    whole = torch.cat((weights.k_GKX.flatten(0, 1), weights.v_GKX.flatten(0, 1)))
+    kept = torch.cat((latent.k_up_GNR.flatten(0, 1), latent.v_up_GVR.flatten(0, 1))) @ latent.kv_down_RX
     assert stats.gradient_moment_EE is not None
     lost = whole - kept
-    return float((lost @ stats.input_moment_DD @ lost.T * stats.gradient_moment_EE).sum())
+    return float((lost @ stats.input_moment_XX @ lost.T * stats.gradient_moment_EE).sum())
 
 
 def converted(method: TwoSided | Whitened, stats: LayerStats, rank: int) -> LatentAttention:
@@ -42,7 +42,7 @@ def test_no_other_method_has_less_loss(rank: int) -> None:
     least = quadratic_loss(best, stats)
     assert least < quadratic_loss(converted(Whitened(0.0, joint=True), stats, rank), stats)
     for _ in range(20):
-        moved = replace(best, kv_down_RD=best.kv_down_RD + 1e-3 * torch.randn_like(best.kv_down_RD))
+        moved = replace(best, kv_down_RX=best.kv_down_RX + 1e-3 * torch.randn_like(best.kv_down_RX))
         assert quadratic_loss(moved, stats) > least
 
 
@@ -50,8 +50,8 @@ def test_gradients_of_one_size_in_all_directions_are_no_second_side() -> None:
     stats = stats_of(random_inputs(90, SIZE.D), SIZE)
     same = replace(stats, gradient_moment_EE=3.0 * torch.eye(2 * SIZE.G * SIZE.K, dtype=torch.float64))
     two, one = (converted(m, same, 5) for m in (TwoSided(0.01, 0.01), Whitened(0.01, joint=True)))
-    assert_close(two.k_up_GNR @ two.kv_down_RD, one.k_up_GNR @ one.kv_down_RD, "fp64")
-    assert_close(two.v_up_GVR @ two.kv_down_RD, one.v_up_GVR @ one.kv_down_RD, "fp64")
+    assert_close(two.k_up_GNR @ two.kv_down_RX, one.k_up_GNR @ one.kv_down_RX, "fp64")
+    assert_close(two.v_up_GVR @ two.kv_down_RX, one.v_up_GVR @ one.kv_down_RX, "fp64")
 
 
 def test_keys_and_values_are_shrunk_apart() -> None:
@@ -72,7 +72,7 @@ def _output_metric(method: TwoSided, stats: LayerStats, error_EM: Tensor) -> Ten
     from care.factorization.base import Targets
 
     weights = random_layer(SIZE)
-    keys, values = weights.k_GKD.flatten(0, 1), weights.v_GKD.flatten(0, 1)
+    keys, values = weights.k_GKX.flatten(0, 1), weights.v_GKX.flatten(0, 1)
     metric = method.output_metric(Targets(keys, values, error_EM, None), stats)
     assert metric is not None
     return metric

@@ -11,7 +11,7 @@ from tiny import LayerSize, random_inputs, random_layer, stats_of
 SIZE = LayerSize(H=4, G=2, K=6, D=20)
 
 
-@pytest.mark.parametrize("field", ["k_GKD", "v_GKD", "out_DHK"])
+@pytest.mark.parametrize("field", ["k_GKX", "v_GKX", "out_DHK"])
 def test_weights_of_another_shape_are_refused(field: str) -> None:
     weights = random_layer(SIZE)
     with pytest.raises(ValueError, match=field):
@@ -21,7 +21,7 @@ def test_weights_of_another_shape_are_refused(field: str) -> None:
 def test_heads_that_do_not_divide_are_refused() -> None:
     weights = random_layer(SIZE)
     with pytest.raises(ValueError, match="4 query heads do not divide into 3"):
-        replace(weights, k_GKD=torch.zeros(3, 6, 20), v_GKD=torch.zeros(3, 6, 20))
+        replace(weights, k_GKX=torch.zeros(3, 6, 20), v_GKX=torch.zeros(3, 6, 20))
 
 
 def test_a_table_of_another_length_is_refused() -> None:
@@ -33,8 +33,8 @@ def test_a_table_of_another_length_is_refused() -> None:
 
 def test_stats_of_another_size_are_refused() -> None:
     stats = stats_of(random_inputs(5, 8))
-    with pytest.raises(ValueError, match="input_moment_DD"):
-        LayerStats(5, stats.input_moment_DD[:7], stats.input_magnitude_D)
+    with pytest.raises(ValueError, match="input_moment_XX"):
+        LayerStats(5, stats.input_moment_XX[:7], stats.input_magnitude_X)
 
 
 def test_types_are_frozen() -> None:
@@ -43,7 +43,7 @@ def test_types_are_frozen() -> None:
 
 
 def test_spec_counts() -> None:
-    spec = AttentionSpec(3, 20, 4, 2, 6, (1.0, 0.5, 0.1))
+    spec = AttentionSpec(3, 20, 4, 2, 6, ((1.0, 0.5, 0.1),) * 3, 6**-0.5)
     assert (spec.kv_width, spec.cache_width, spec.num_pairs) == (12, 24, 3)
 
 

@@ -32,15 +32,15 @@ def converted(method: Factorizer, rank: int, split: KeySplit | None = None) -> L
 
 def maps(latent: LatentAttention) -> tuple[Tensor, Tensor]:
     """What the latent makes of keys and values, as D x (G * K), the papers' orientation."""
-    keys = latent.k_up_GNR.flatten(0, 1) @ latent.kv_down_RD[: latent.k_rank]
-    values = latent.v_up_GVR.flatten(0, 1) @ latent.kv_down_RD[len(latent.kv_down_RD) - latent.v_rank :]
+    keys = latent.k_up_GNR.flatten(0, 1) @ latent.kv_down_RX[: latent.k_rank]
+    values = latent.v_up_GVR.flatten(0, 1) @ latent.kv_down_RX[len(latent.kv_down_RX) - latent.v_rank :]
     return keys.T, values.T
 
 
 def exact() -> tuple[Tensor, Tensor]:
     """W_K and W_V as D x (G * K)."""
     weights = random_layer(SIZE)
-    return weights.k_GKD.flatten(0, 1).T, weights.v_GKD.flatten(0, 1).T
+    return weights.k_GKX.flatten(0, 1).T, weights.v_GKX.flatten(0, 1).T
 
 
 def moment() -> Tensor:
@@ -117,18 +117,18 @@ def test_transmla_is_a_balanced_pca_of_activations(rank: int) -> None:
     """Keys without rope are divided by the ratio of mean RMS, then one PCA of the outputs [K | V] of the text."""
     weights, x_TD = random_layer(SIZE), random_inputs(90, SIZE.D)
     split = RoRope(dims=6)(weights, stats_of(x_TD)).split(SIZE.K // 2)
-    keys_TM, values_TE = x_TD @ split.rest_MD.T, x_TD @ exact()[1]
+    keys_TM, values_TE = x_TD @ split.rest_MX.T, x_TD @ exact()[1]
     ratio = keys_TM.square().mean(0).sqrt().mean() / values_TE.square().mean(0).sqrt().mean()
     both_TX = torch.cat((keys_TM / ratio, values_TE), 1)
     _, _, right_XX = torch.linalg.svd(both_TX)
     projected_TX = both_TX @ right_XX[:rank].T @ right_XX[:rank]
     latent = converted(Whitened(shrinkage=0.0, joint=True, balanced=True), rank, split)
-    c_TR = x_TD @ latent.kv_down_RD.T
+    c_TR = x_TD @ latent.kv_down_RX.T
     keys_GTN = torch.einsum("gnr,tr->gtn", latent.k_up_GNR, c_TR)
-    expected_GTN = torch.einsum("gnm,tm->gtn", split.expand_GNM, projected_TX[:, : len(split.rest_MD)] * ratio)
+    expected_GTN = torch.einsum("gnm,tm->gtn", split.expand_GNM, projected_TX[:, : len(split.rest_MX)] * ratio)
     assert_close(keys_GTN, expected_GTN, "fp64")
     values = torch.einsum("gvr,tr->tgv", latent.v_up_GVR, c_TR).flatten(1)
-    assert_close(values, projected_TX[:, len(split.rest_MD) :], "fp64")
+    assert_close(values, projected_TX[:, len(split.rest_MX) :], "fp64")
 
 
 def test_options_out_of_range_are_refused() -> None:

@@ -5,10 +5,31 @@ from typing import Any
 
 from ..errors import BadInput, UnsupportedModel
 from .base import Architecture
+from .gemma2 import GEMMA2
+from .gemma3_text import GEMMA3_TEXT
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
+from .olmo2 import OLMO2
+from .phi3 import PHI3
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
+from .smollm3 import SMOLLM3
 
-ARCHITECTURES: dict[str, Architecture] = {"llama": LLAMA, "mistral": MISTRAL}
+ARCHITECTURES: dict[str, Architecture] = {
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "olmo2": OLMO2,
+    "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "smollm3": SMOLLM3,
+}
 
 
 def architecture_for(config: Mapping[str, Any]) -> Architecture:

@@ -2,4 +2,4 @@
 
 from .base import Architecture
 
-LLAMA = Architecture(model_type="llama", no_bias_keys=("attention_bias", "mlp_bias"))
+LLAMA = Architecture(model_type="llama")

@@ -1,7 +1,7 @@
 """Texts, running moments, and their storage."""
 
 from .distances import collect_distances
-from .gradients import collect_gradients
+from .gradients import Tap, collect_gradients
 from .layers import DecoderLayers
 from .moments import MomentAccumulator, collect_moments
 from .store import Calibration, CalibrationInfo, is_calibration, load_calibration, save_calibration
@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationInfo",
     "DecoderLayers",
     "MomentAccumulator",
+    "Tap",
     "collect_distances",
     "collect_gradients",
     "collect_moments",

@@ -1,4 +1,4 @@
-"""Running second moments of gradients at the key and value projections: the output side of two-sided weighting.
+"""Running second moments of gradients at keys (before RoPE) and values: the output side of two-sided weighting.
 
 The gradient is that of the log-likelihood of labels drawn from the model itself, so that its second moment is the
 Fisher information and no data set's labels enter (Kunstner et al., arXiv 1905.12558). One backward pass; only
@@ -6,6 +6,7 @@ activations get gradients, weights do not.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,25 +19,44 @@ BATCH_TOKENS = 1024
 """Tokens per forward and backward pass: their logits and the gradients of these are in memory."""
 
 
+@dataclass(frozen=True)
+class Tap:
+    """Where keys or values can be read off a running model: a module's output, or `width` columns of it.
+
+    The output is (B, T, columns), or has heads apart: (B, T, heads, K), with `heads_first` (B, heads, T, K).
+    """
+
+    path: str
+    first: int = 0
+    width: int | None = None
+    heads_first: bool = False
+
+    def rows(self, output: Tensor) -> Tensor:
+        """One row per token: (B * T, E)."""
+        output = output.transpose(1, 2) if self.heads_first else output
+        rows = output.flatten(2).flatten(0, 1)
+        return rows if self.width is None else rows[:, self.first : self.first + self.width]
+
+
 def collect_gradients(
     model: Any,  # noqa: ANN401 - any transformers causal language model
-    projections: Sequence[tuple[str, str]],
+    taps: Sequence[tuple[Tap, Tap]],
     windows_BT: Tensor,
     *,
     seed: int,
     track: Track = silent,
 ) -> list[Tensor]:
-    """E[g g^T] over tokens of each layer's concatenated key and value outputs, fp64 on the CPU.
+    """E[g g^T] over tokens of each layer's concatenated keys and values, fp64 on the CPU.
 
-    `projections` are the module paths of each layer's key and value projection. Labels are drawn with
-    `seed`. BadInput names a layer whose gradients are NaN or Inf.
+    `taps` say where each layer's keys and values are found. Labels are drawn with `seed`. BadInput names a layer
+    whose gradients are NaN or Inf.
     """
-    sums: list[Tensor | float] = [0.0] * len(projections)
+    sums: list[Tensor | float] = [0.0] * len(taps)
     held: dict[tuple[int, int], Tensor] = {}
     hooks = [
-        model.get_submodule(path).register_forward_hook(_recorder(held, (layer, side)))
-        for layer, paths in enumerate(projections)
-        for side, path in enumerate(paths)
+        model.get_submodule(tap.path).register_forward_hook(_recorder(held, (layer, side)))
+        for layer, pair in enumerate(taps)
+        for side, tap in enumerate(pair)
     ]
     hooks.append(model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_()))
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -48,8 +68,8 @@ def collect_gradients(
         for batch in track(batches, label="reading gradients", total=len(batches)):
             held.clear()
             _backward(model, batch.to(model.device), generator)
-            for layer in range(len(projections)):
-                g_TE = torch.cat([held[layer, side].flatten(0, -2) for side in (0, 1)], -1).float()
+            for layer, pair in enumerate(taps):
+                g_TE = torch.cat([tap.rows(held[layer, side]) for side, tap in enumerate(pair)], -1).float()
                 sums[layer] = sums[layer] + (g_TE.T @ g_TE).double().cpu()
     finally:
         for p in frozen:

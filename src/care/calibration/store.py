@@ -98,8 +98,8 @@ def save_calibration(calibration: Calibration, out_dir: Path) -> None:
         for index, stats in enumerate(calibration.layers):
             tensors = {
                 "num_tokens": torch.tensor(stats.num_tokens),
-                "input_moment": stats.input_moment_DD,
-                "input_magnitude": stats.input_magnitude_D,
+                "input_moment": stats.input_moment_XX,
+                "input_magnitude": stats.input_magnitude_X,
                 "gradient_moment": stats.gradient_moment_EE,
                 "attention": stats.attention_HT,
             }

@@ -84,7 +84,7 @@ def describe(source: Source) -> dict[str, Any]:
 def _verdict(source: Source, name: str) -> str:
     """Whether a format can hold one rope slot per source frequency, the least that recipes ask."""
     target = Target(
-        config=source.config, spec=source.spec, mode="absorbed", slot_frequencies=source.spec.rope_frequencies,
+        config=source.config, spec=source.spec, mode="absorbed", slot_frequencies=source.spec.shared_frequencies,
         deepseek_body=source.architecture.deepseek_body, dtype=torch.bfloat16,
     )  # fmt: skip
     try:

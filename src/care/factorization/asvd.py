@@ -21,7 +21,7 @@ class Asvd:
         """The squared channel scales on the diagonal."""
         if stats is None:
             raise ValueError("asvd needs input moments")
-        return stats.input_magnitude_D.pow(2 * self.exponent).diag()
+        return stats.input_magnitude_X.pow(2 * self.exponent).diag()
 
     def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
         """The identity."""

@@ -1,6 +1,6 @@
 """What a factorization method is, and the one factorization that all of them share.
 
-A method chooses the metric in which keys and values are approximated: on the input side a D x D matrix, on the output
+A method chooses the metric in which keys and values are approximated: on the input side an X x X matrix, on the output
 side one over the stacked key and value outputs (either may be the identity), and whether K and V share one latent.
 Everything else is the truncated eigendecomposition of linalg.
 """
@@ -20,19 +20,19 @@ from ..types import AttentionWeights, KeySplit, LatentAttention, LayerRanks, Lay
 class Targets:
     """The maps to approximate: what is left of the keys, and the values, with the input metric."""
 
-    keys_MD: Tensor
-    values_ED: Tensor
+    keys_MX: Tensor
+    values_EX: Tensor
     error_EM: Tensor
-    metric_DD: Tensor | None
+    metric_XX: Tensor | None
 
     @property
     def stacked(self) -> Tensor:
-        """Keys above values: (M + E, D)."""
-        return torch.cat((self.keys_MD, self.values_ED))
+        """Keys above values: (M + E, X)."""
+        return torch.cat((self.keys_MX, self.values_EX))
 
 
 class Factorizer(Protocol):
-    """A metric on the layer's input and output, and a way of sharing the latent."""
+    """A metric on the layer's features and output, and a way of sharing the latent."""
 
     needs: ClassVar[frozenset[str]]
 
@@ -42,7 +42,7 @@ class Factorizer(Protocol):
         ...
 
     def metric(self, stats: LayerStats | None) -> Tensor | None:
-        """The positive semidefinite D x D input metric in fp64; None for the identity."""
+        """The positive semidefinite X x X input metric in fp64; None for the identity."""
         ...
 
     def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
@@ -61,10 +61,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class _Problem:
-    """One map to approximate in one latent: outputs (M, D), input metric, and output metric."""
+    """One map to approximate in one latent: outputs (M, X), input metric, and output metric."""
 
-    weight_MD: Tensor
-    metric_DD: Tensor | None
+    weight_MX: Tensor
+    metric_XX: Tensor | None
     output_MM: Tensor | None
 
     @cached_property
@@ -75,14 +75,14 @@ class _Problem:
     @property
     def whitened(self) -> Tensor:
         """The map with its outputs in the metric's units."""
-        return self.weight_MD if self.root is None else self.root.root_MM @ self.weight_MD
+        return self.weight_MX if self.root is None else self.root.root_MM @ self.weight_MX
 
     def spectrum(self) -> Spectrum:
         """Energies and directions of the whitened map."""
-        return principal_outputs(self.whitened, self.metric_DD)
+        return principal_outputs(self.whitened, self.metric_XX)
 
     def solve(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Down (R, D) and up (M, R) maps of the best approximation; ValueError if the rank cannot be had."""
+        """Down (R, X) and up (M, R) maps of the best approximation; ValueError if the rank cannot be had."""
         basis_MR = self.spectrum().basis_MS[:, :rank]
         if basis_MR.shape[1] < rank:
             raise ValueError(f"rank {rank} asked of a map with {basis_MR.shape[1]} directions")
@@ -90,19 +90,19 @@ class _Problem:
 
 
 def _targets(method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats | None) -> Targets:
-    values_ED = weights.v_GKD.flatten(0, 1).double()
-    return Targets(split.rest_MD, values_ED, split.error_EM, method.metric(stats))
+    values_EX = weights.v_GKX.flatten(0, 1).double()
+    return Targets(split.rest_MX, values_EX, split.error_EM, method.metric(stats))
 
 
 def _problems(method: Factorizer, targets: Targets, stats: LayerStats | None) -> list[_Problem]:
     """One problem for a joint latent, else one for keys and one for values."""
     output_MM = method.output_metric(targets, stats)
     if method.joint:
-        return [_Problem(targets.stacked, targets.metric_DD, output_MM)]
-    M = len(targets.keys_MD)
+        return [_Problem(targets.stacked, targets.metric_XX, output_MM)]
+    M = len(targets.keys_MX)
     parts = (None, None) if output_MM is None else (output_MM[:M, :M], output_MM[M:, M:])
-    maps = (targets.keys_MD, targets.values_ED)
-    return [_Problem(w, targets.metric_DD, part) for w, part in zip(maps, parts, strict=True)]
+    maps = (targets.keys_MX, targets.values_EX)
+    return [_Problem(w, targets.metric_XX, part) for w, part in zip(maps, parts, strict=True)]
 
 
 def layer_spectra(
@@ -119,46 +119,47 @@ def factorize(
     """Replace a layer's keys and values by latents of the given ranks.
 
     With T the output metric and U the leading directions of T^(1/2) W C^(1/2), the latent is
-    c = U^T T^(1/2) W x and the approximation T^(-1/2) U c.
+    c = U^T T^(1/2) W phi(x) and the approximation T^(-1/2) U c.
     Raises ValueError when a rank exceeds what the map can have.
     """
     targets = _targets(method, weights, split, stats)
     wanted = (ranks.value_rank,) if method.joint else (ranks.key_rank, ranks.value_rank)
     problems = _problems(method, targets, stats)
     solved = [problem.solve(rank) for problem, rank in zip(problems, wanted, strict=True)]
-    M = len(targets.keys_MD)
+    M = len(targets.keys_MX)
     if method.joint:
-        ((down_RD, up_MR),) = solved
-        key_down, key_up, value_down, value_up = down_RD, up_MR[:M], down_RD, up_MR[M:]
+        ((down_RX, up_MR),) = solved
+        key_down, key_up, value_down, value_up = down_RX, up_MR[:M], down_RX, up_MR[M:]
     else:
         ((key_down, key_up), (value_down, value_up)) = solved
     return Factors(
         latent=_assemble(weights, split, torch.cat([down for down, _ in solved]), key_up, value_up),
-        key_error=_relative_error(targets.keys_MD, key_up @ key_down, targets.metric_DD),
-        value_error=_relative_error(targets.values_ED, value_up @ value_down, targets.metric_DD),
+        key_error=_relative_error(targets.keys_MX, key_up @ key_down, targets.metric_XX),
+        value_error=_relative_error(targets.values_EX, value_up @ value_down, targets.metric_XX),
     )
 
 
 def _assemble(
-    weights: AttentionWeights, split: KeySplit, kv_down_RD: Tensor, key_up_MR: Tensor, value_up_ER: Tensor
+    weights: AttentionWeights, split: KeySplit, kv_down_RX: Tensor, key_up_MR: Tensor, value_up_ER: Tensor
 ) -> LatentAttention:
-    G, K, _ = weights.v_GKD.shape
-    if not split.rest_MD.shape[0]:
+    G, K, _ = weights.v_GKX.shape
+    if not split.rest_MX.shape[0]:
         key_up_MR = key_up_MR[:, :0]
     return LatentAttention(
         q_HKD=weights.q_HKD,
-        kv_down_RD=kv_down_RD,
+        kv_down_RX=kv_down_RX,
         k_up_GNR=split.expand_GNM @ key_up_MR,
         v_up_GVR=value_up_ER.view(G, K, -1),
         out_DHV=weights.out_DHK,
         scale=weights.scale,
         rope=split.rope,
+        carried=weights.carried,
     )
 
 
-def _relative_error(exact_MD: Tensor, approximation_MD: Tensor, metric_DD: Tensor | None) -> float:
+def _relative_error(exact_MX: Tensor, approximation_MX: Tensor, metric_XX: Tensor | None) -> float:
     """Square root of the lost share of the outputs' energy; 0 for a map without rows."""
-    if not exact_MD.shape[0]:
+    if not exact_MX.shape[0]:
         return 0.0
-    total = weighted_error(exact_MD, torch.zeros_like(exact_MD), metric_DD)
-    return (max(weighted_error(exact_MD, approximation_MD, metric_DD), 0.0) / total) ** 0.5 if total else 0.0
+    total = weighted_error(exact_MX, torch.zeros_like(exact_MX), metric_XX)
+    return (max(weighted_error(exact_MX, approximation_MX, metric_XX), 0.0) / total) ** 0.5 if total else 0.0

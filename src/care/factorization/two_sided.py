@@ -40,13 +40,13 @@ class TwoSided:
         """The shrunk input moment."""
         if stats is None:
             raise ValueError("two-sided needs input moments")
-        return shrink(stats.input_moment_DD, self.shrinkage)
+        return shrink(stats.input_moment_XX, self.shrinkage)
 
     def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
         """The gradient moment, carried from concatenated keys to what is left of them."""
         if stats is None or stats.gradient_moment_EE is None:
             raise ValueError("two-sided needs gradient moments")
-        E = len(targets.values_ED)
+        E = len(targets.values_EX)
         moment = stats.gradient_moment_EE.clone()
         for part in (slice(0, E), slice(E, 2 * E)):
             moment[part, part] = shrink(moment[part, part], self.gradient_shrinkage)

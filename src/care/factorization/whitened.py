@@ -40,21 +40,21 @@ class Whitened:
         """The shrunk input moment, or its square."""
         if stats is None:
             raise ValueError("whitened needs input moments")
-        moment_DD = shrink(stats.input_moment_DD, self.shrinkage)
-        return moment_DD if self.power == 1 else moment_DD @ moment_DD
+        moment_XX = shrink(stats.input_moment_XX, self.shrinkage)
+        return moment_XX if self.power == 1 else moment_XX @ moment_XX
 
     def output_metric(self, targets: Targets, stats: LayerStats | None) -> Tensor | None:
         """The identity, or keys divided by their size relative to the values."""
-        if not (self.joint and self.balanced and len(targets.keys_MD)):
+        if not (self.joint and self.balanced and len(targets.keys_MX)):
             return None
         ratio = _norm_ratio(targets)
         weights = torch.ones(len(targets.stacked), dtype=torch.float64)
-        weights[: len(targets.keys_MD)] = ratio**-2
+        weights[: len(targets.keys_MX)] = ratio**-2
         return weights.diag()
 
 
 def _norm_ratio(targets: Targets) -> float:
     """Mean RMS of the key directions over that of the values (TransMLA, arXiv 2502.07864, Eq. 20)."""
-    moments = (output_moment(w, targets.metric_DD).diagonal() for w in (targets.keys_MD, targets.values_ED))
+    moments = (output_moment(w, targets.metric_XX).diagonal() for w in (targets.keys_MX, targets.values_EX))
     keys, values = (float(m.clamp(min=0).sqrt().mean()) for m in moments)
     return keys / values

@@ -51,14 +51,21 @@ class Deepseek:
     one_width: ClassVar[bool] = True
 
     def check(self, target: Target) -> None:
-        """Refuse rebuild mode, other bodies than Llama's, and rope tables that are not base^(-2i/d)."""
-        config = target.config
+        """Refuse rebuild mode, what the layout has no place for, and rope tables that are not base^(-2i/d)."""
+        config, spec = target.config, target.spec
         if target.mode != "absorbed":
             raise InvalidRecipe("format deepseek cannot rebuild keys; use --mode absorbed or --format native")
-        if not target.deepseek_body:
+        if not target.deepseek_body or config.get("mlp_bias"):
             raise InvalidRecipe(f"format deepseek cannot hold a {config['model_type']} body; use --format native")
-        if config.get("sliding_window"):
-            raise InvalidRecipe("format deepseek has no sliding window, which this source uses; use --format native")
+        lacking = {
+            "no biases in attention": spec.qkv_bias or spec.out_bias,
+            "no norm on queries and keys": spec.qk_norm,
+            "no soft cap on scores": spec.softcap,
+            "no sliding window": any(spec.windows),
+        }
+        for lack, used in lacking.items():
+            if used:
+                raise InvalidRecipe(f"format deepseek has {lack}, which this source uses; use --format native")
         if config.get("hidden_act", "silu") != "silu":
             raise InvalidRecipe(
                 f"format deepseek needs hidden_act silu, not {config['hidden_act']}; use --format native"
@@ -122,11 +129,11 @@ class Deepseek:
         if latent.rope is None:
             raise InvalidRecipe("format deepseek cannot rebuild keys")
         D = latent.q_HKD.shape[2]
-        R, N = latent.kv_down_RD.shape[0], target.spec.head_dim
-        shrink, norm_weight = latent_scale(latent.kv_down_RD)
+        R, N = latent.kv_down_RX.shape[0], target.spec.head_dim
+        shrink, norm_weight = latent_scale(latent.kv_down_RX)
         tensors = {
             "q_proj.weight": _queries(latent, N),
-            "kv_a_proj_with_mqa.weight": torch.cat((latent.kv_down_RD * shrink, latent.rope.k_rope_PD)),
+            "kv_a_proj_with_mqa.weight": torch.cat((latent.kv_down_RX * shrink, latent.rope.k_rope_PX)),
             "kv_a_layernorm.weight": torch.full((R,), norm_weight, dtype=torch.float64),
             "kv_b_proj.weight": _up_projections(latent, N),
             "o_proj.weight": latent.out_DHV.reshape(D, -1).double() * residual_scale(target),
@@ -151,14 +158,14 @@ def residual_scale(target: Target) -> float:
     return 1.0 if abs(eps / LATENT_NORM_EPS - 1) < SAME_EPS else (LATENT_NORM_EPS / eps) ** 0.5
 
 
-def latent_scale(kv_down_RD: Tensor) -> tuple[float, float]:
+def latent_scale(kv_down_RX: Tensor) -> tuple[float, float]:
     """Factor on the latent, and norm weight that undoes it, for a norm that acts as a linear map.
 
     mean(c^2) <= |W|_F^2 |x|^2 / R bounds the latent of any input; no calibration is needed. The weight is a
     power of two, which every dtype stores exactly: rounded, it would scale all values of a layer alike.
     """
-    R, D = kv_down_RD.shape
-    largest = float(kv_down_RD.double().pow(2).sum()) * INPUT_MEAN_SQUARE * D / R
+    R, D = kv_down_RX.shape
+    largest = float(kv_down_RX.double().pow(2).sum()) * INPUT_MEAN_SQUARE * D / R
     least_weight = (largest / LATENT_HEADROOM) ** 0.5
     norm_weight = 2.0 ** math.ceil(math.log2(least_weight))
     return LATENT_NORM_EPS**0.5 / norm_weight, norm_weight
@@ -183,7 +190,7 @@ def _queries(latent: LatentAttention, N: int) -> Tensor:
 def _up_projections(latent: LatentAttention, N: int) -> Tensor:
     """Rows [no-rope key, value] of each query head; a separate latent becomes blocks of zeros."""
     G, V, _ = latent.v_up_GVR.shape
-    H, R = latent.q_HKD.shape[0], latent.kv_down_RD.shape[0]
+    H, R = latent.q_HKD.shape[0], latent.kv_down_RX.shape[0]
     up = latent.k_up_GNR.new_zeros(G, N + V, R)
     up[:, : latent.k_up_GNR.shape[1], : latent.k_rank] = latent.k_up_GNR
     up[:, N:, R - latent.v_rank :] = latent.v_up_GVR

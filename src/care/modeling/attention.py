@@ -3,6 +3,9 @@
 Cache layout, one tensor per layer of shape (batch, 1, tokens, P + R): the rotated shared key, then the latent.
 Keys are read from its first P + k_rank columns and values from its last v_rank, so an absorbed decode step is
 one multi-query attention over views of the cache: nothing is rebuilt and nothing is copied.
+
+What is cached is linear in the features of the input (care.types). Where the source normalizes its keys, a token's
+own keys are computed once, normalized, and then projected into its cache entry; they are not cached.
 """
 
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
+from ..carried import QkNorm
 from ..rope import rotate_half_split, rotate_interleaved, rotation
 from ..types import LatentAttention, Mode
 
@@ -34,19 +38,65 @@ class LatentShape:
     value_rank: int
     frequencies: tuple[float, ...]
     scale: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: QkNorm | None = None
+    softcap: float | None = None
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features without their constant."""
+        return self.hidden_size + (self.num_kv_heads * self.head_dim if self.qk_norm else 0)
 
     @classmethod
     def of(cls, latent: LatentAttention, source_frequencies: tuple[float, ...]) -> Self:
         """The shape of a converted layer."""
         H, K, D = latent.q_HKD.shape
         G, N, _ = latent.k_up_GNR.shape
-        rope = latent.rope
+        rope, carried = latent.rope, latent.carried
+        qk_norm = None
+        if carried.keys and carried.q_norm:
+            norm = carried.keys.norm
+            qk_norm = QkNorm(len(carried.q_norm.weight_W), len(norm.weight_W), norm.eps, norm.offset)
         return cls(
             mode=latent.mode, hidden_size=D, num_heads=H, num_kv_heads=G, head_dim=K, nope_dim=N,
-            v_head_dim=latent.v_up_GVR.shape[1], rope_dim=latent.rope_dim, kv_lora_rank=latent.kv_down_RD.shape[0],
+            v_head_dim=latent.v_up_GVR.shape[1], rope_dim=latent.rope_dim, kv_lora_rank=latent.kv_down_RX.shape[0],
             key_rank=latent.k_rank, value_rank=latent.v_rank,
             frequencies=source_frequencies if rope is None else rope.frequencies, scale=latent.scale,
+            qkv_bias=carried.constant, out_bias=carried.out_bias_D is not None, qk_norm=qk_norm,
+            softcap=carried.softcap,
         )  # fmt: skip
+
+
+class BlockNorm(nn.Module):
+    """RMSNorm over blocks of the last dim, one head or all of them; fp32 inside."""
+
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.offset = offset
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape in and out."""
+        blocks = x.float().unflatten(-1, (-1, len(self.weight)))
+        blocks = blocks * torch.rsqrt(blocks.square().mean(-1, keepdim=True) + self.eps)
+        return (blocks * (self.weight.float() + self.offset)).flatten(-2).type_as(x)
+
+
+def capped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, shape: LatentShape, *, causal: bool
+) -> Tensor:
+    """Attention (B, H, T, V) whose scores are softcap * tanh(score / softcap); a mask is Boolean or additive."""
+    assert shape.softcap is not None
+    group = query.shape[1] // keys.shape[1]
+    scores = query @ keys.repeat_interleave(group, 1).mT * shape.scale
+    scores = shape.softcap * (scores / shape.softcap).tanh()
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1, dtype=torch.float32).type_as(values) @ values.repeat_interleave(group, 1)
 
 
 class LatentAttentionModule(nn.Module):
@@ -60,14 +110,18 @@ class LatentAttentionModule(nn.Module):
         s = shape
         self.shape = shape
         self.layer_idx = layer_idx
-        self.q_proj = nn.Linear(s.hidden_size, s.num_heads * s.head_dim, bias=False)
+        self.q_proj = nn.Linear(s.hidden_size, s.num_heads * s.head_dim, bias=s.qkv_bias)
+        if s.qk_norm is not None:
+            self.q_norm = BlockNorm(s.qk_norm.query_size, s.qk_norm.eps, s.qk_norm.offset)
+            self.k_proj = nn.Linear(s.hidden_size, s.num_kv_heads * s.head_dim, bias=s.qkv_bias)
+            self.k_norm = BlockNorm(s.qk_norm.key_size, s.qk_norm.eps, s.qk_norm.offset)
         if s.mode == "absorbed":
             self.q_head_map = nn.Parameter(torch.zeros(s.num_heads, s.nope_dim + s.rope_dim, s.head_dim))
-        self.kv_a_proj_with_mqa = nn.Linear(s.hidden_size, s.kv_lora_rank + s.rope_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(s.feature_size, s.kv_lora_rank + s.rope_dim, bias=s.qkv_bias)
         if s.key_rank:
             self.k_b_proj = nn.Linear(s.key_rank, s.num_kv_heads * s.nope_dim, bias=False)
         self.v_b_proj = nn.Linear(s.value_rank, s.num_kv_heads * s.v_head_dim, bias=False)
-        self.o_proj = nn.Linear(s.num_heads * s.v_head_dim, s.hidden_size, bias=False)
+        self.o_proj = nn.Linear(s.num_heads * s.v_head_dim, s.hidden_size, bias=s.out_bias)
 
     def forward(
         self,
@@ -86,7 +140,8 @@ class LatentAttentionModule(nn.Module):
         """
         cache = past_key_values if cache is None else cache
         positions, key_positions = self._positions(hidden_states, position_ids, cache)
-        q_BHTK = self._heads(self.q_proj(hidden_states), self.shape.num_heads)
+        q_BTE = self.q_proj(hidden_states)
+        q_BHTK = self._heads(q_BTE if self.shape.qk_norm is None else self.q_norm(q_BTE), self.shape.num_heads)
         entry_B1TC = self._cache_entry(hidden_states, positions)
         if cache is not None:
             # Everything is in one tensor; the cache's second one stays empty.
@@ -128,7 +183,10 @@ class LatentAttentionModule(nn.Module):
 
     def _cache_entry(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
         """What a token leaves in the cache: (B, 1, T, P + R)."""
-        latent, key = self.kv_a_proj_with_mqa(hidden_states).split([self.shape.kv_lora_rank, self.shape.rope_dim], -1)
+        phi = hidden_states
+        if self.shape.qk_norm is not None:
+            phi = torch.cat((self.k_norm(self.k_proj(hidden_states)), hidden_states), dim=-1)
+        latent, key = self.kv_a_proj_with_mqa(phi).split([self.shape.kv_lora_rank, self.shape.rope_dim], -1)
         if not self.shape.rope_dim:
             return latent[:, None]
         key = rotate_interleaved(key[:, None], *self._angles(positions, key))
@@ -145,9 +203,7 @@ class LatentAttentionModule(nn.Module):
             query = torch.cat((q_rope, q_latent), dim=-1)
         keys = entry_B1UC[..., : self.shape.rope_dim + self.shape.key_rank]
         values = entry_B1UC[..., entry_B1UC.shape[-1] - self.shape.value_rank :]
-        mixed_B1HR = functional.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, attn_mask=mask, scale=self.shape.scale
-        )
+        mixed_B1HR = self._weigh(query.transpose(1, 2), keys, values, mask)
         v_up_GVR = self.v_b_proj.weight.view(self.shape.num_kv_heads, self.shape.v_head_dim, -1)
         mixed_BGAR = mixed_B1HR.reshape(B, self.shape.num_kv_heads, -1, self.shape.value_rank)
         return torch.einsum("bgar,gvr->bgav", mixed_BGAR, v_up_GVR).reshape(B, H, 1, -1)
@@ -176,8 +232,16 @@ class LatentAttentionModule(nn.Module):
         values = self._heads(self.v_b_proj(latent), self.shape.num_kv_heads)
         # Fused kernels want values as wide as keys; the alternative materializes all scores.
         values = functional.pad(values, (0, max(query.shape[-1] - self.shape.v_head_dim, 0)))
-        mixed = functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1,
-            scale=self.shape.scale, enable_gqa=query.shape[1] != keys.shape[1],
+        causal = mask is None and query.shape[2] > 1
+        return self._weigh(query, keys, values, mask, causal=causal)[..., : self.shape.v_head_dim]
+
+    def _weigh(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, causal: bool = False
+    ) -> Tensor:
+        """Attention by torch's kernels, or written out where scores are capped, which no kernel does."""
+        if self.shape.softcap is not None:
+            return capped_attention(query, keys, values, mask, self.shape, causal=causal)
+        return functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal, scale=self.shape.scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
         )  # fmt: skip
-        return mixed[..., : self.shape.v_head_dim]

@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..checkpoint import read_json
 from ..errors import BadInput
@@ -84,11 +85,16 @@ def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -
     register()
     check_device(device)
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            location.directory, dtype=dtype, trust_remote_code=False, **_weights_argument(location)
-        )
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            location.directory, dtype=dtype, trust_remote_code=False, output_loading_info=True,
+            **_weights_argument(location),
+        )  # fmt: skip
     except (*UNREADABLE, struct.error, SafetensorError) as error:
         raise BadInput(f"cannot load {location.directory}: {_first_line(error)}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers would go on with random weights in their place.
+        raise BadInput(f"{location.directory} lacks tensor {min(report['missing_keys'])}; the checkpoint is damaged")
     if location.gguf_file is not None:
         # De-quantized already: a saved config must not say otherwise.
         if hasattr(model.config, "quantization_config"):
@@ -105,13 +111,18 @@ def _weights_argument(location: Location) -> dict[str, Any]:
 def expected_shapes(location: Location) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that the config promises, without allocating any; tied ones left out."""
     try:
-        with torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(location.directory)
-            model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        return checkpoint_shapes(transformers.AutoConfig.from_pretrained(location.directory))
     except UNREADABLE as error:
         raise BadInput(f"cannot make sense of {location.directory / 'config.json'}: {_first_line(error)}") from error
+
+
+def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401 - a transformers config
+    """The same from a config, by their names in checkpoints: in memory, experts are fused into one tensor."""
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(config)
     tied = set(model.all_tied_weights_keys)
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..architectures import ARCHITECTURES
+from ..carried import QkNorm
 from ..errors import BadInput
 from ..formats.native import FORMAT_VERSION, MODEL_TYPE_PREFIX, Native, native_class_name
 from ..types import LatentAttention, Target
@@ -31,13 +36,16 @@ def layer_shapes(config: Any) -> list[LatentShape]:  # noqa: ANN401 - transforme
             "upgrade care"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    qk_norm = table.get("qk_norm")
     return [
         LatentShape(
             mode=table["mode"], hidden_size=config.hidden_size, num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads, head_dim=head_dim, nope_dim=table["qk_nope_head_dim"][i],
             v_head_dim=table["v_head_dim"], rope_dim=table["qk_rope_head_dim"][i],
             kv_lora_rank=table["kv_lora_rank"][i], key_rank=table["key_rank"][i], value_rank=table["value_rank"][i],
-            frequencies=tuple(table["rope_frequencies"][i]), scale=head_dim**-0.5,
+            frequencies=tuple(table["rope_frequencies"][i]), scale=table.get("softmax_scale") or head_dim**-0.5,
+            qkv_bias=table.get("qkv_bias", False), out_bias=table.get("out_bias", False),
+            qk_norm=QkNorm(**qk_norm) if qk_norm else None, softcap=table.get("softcap"),
         )
         for i in range(config.num_hidden_layers)
     ]  # fmt: skip
@@ -91,12 +99,16 @@ def register() -> None:
         config_class, model_class = native_classes(model_type)
         AutoConfig.register(MODEL_TYPE_PREFIX + model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        conversion: Any = get_checkpoint_conversion_mapping(model_type)
+        if conversion is not None:
+            # Without it a mixture's experts, one by one in files and fused in memory, would be left at random.
+            register_checkpoint_conversion_mapping(MODEL_TYPE_PREFIX + model_type, conversion, overwrite=True)
 
 
 def build_layer(latent: LatentAttention, target: Target, index: int) -> LatentAttentionModule:
     """A converted layer's module without going through files; weights are shared where they can be."""
     with torch.device("meta"):
-        module = LatentAttentionModule(LatentShape.of(latent, target.spec.rope_frequencies), index)
+        module = LatentAttentionModule(LatentShape.of(latent, target.spec.rope_frequencies[index]), index)
     module.load_state_dict(Native().attention_tensors(latent, target), assign=True)
     return module.eval()
 

@@ -35,22 +35,22 @@ class Slots:
         unchanged but for the rotations lost.
         """
         H, K, _ = self.weights.q_HKD.shape
-        G = self.weights.k_GKD.shape[0]
+        G = self.weights.k_GKX.shape[0]
         order = sorted(range(num_slots), key=lambda slot: -self.frequencies[slot])
         kept = torch.tensor([2 * slot + part for slot in order for part in (0, 1)], dtype=torch.int64)
-        keys_ED = self.weights.k_GKD.flatten(0, 1).double()
+        keys_EX = self.weights.k_GKX.flatten(0, 1).double()
         rest_up_EM = self.up_ES[:, 2 * num_slots :]
         num_nope = K if rest_up_EM.shape[1] else 0
         q_nope_HNK = torch.eye(K, dtype=torch.float64).expand(H, -1, -1) if self.q_nope_HNK is None else self.q_nope_HNK
         rope = DecoupledRope(
             q_rope_HPK=self.up_ES[:, kept].view(G, K, -1).transpose(1, 2).repeat_interleave(H // G, 0),
             q_nope_HNK=q_nope_HNK[:, :num_nope],
-            k_rope_PD=self.down_ES[:, kept].T @ keys_ED,
+            k_rope_PX=self.down_ES[:, kept].T @ keys_EX,
             frequencies=tuple(self.frequencies[slot] for slot in order),
         )
         return KeySplit(
             rope=rope,
-            rest_MD=self.down_ES[:, 2 * num_slots :].T @ keys_ED,
+            rest_MX=self.down_ES[:, 2 * num_slots :].T @ keys_EX,
             expand_GNM=rest_up_EM.view(G, K, -1)[:, :num_nope],
             error_EM=rest_up_EM if self.felt_E is None else self.felt_E[:, None] * rest_up_EM,
         )
@@ -66,7 +66,7 @@ class RopeSplit(Protocol):
         ...
 
     def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
-        """Frequencies of the slots, where they are known before any weight is read."""
+        """Frequencies of the slots, where they are known before any weight is read and alike in all layers."""
         ...
 
     def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
@@ -76,6 +76,6 @@ class RopeSplit(Protocol):
 
 def whole_keys(weights: AttentionWeights) -> KeySplit:
     """Rebuild mode: the latent holds every key as it is before RoPE."""
-    G, K, _ = weights.k_GKD.shape
+    G, K, _ = weights.k_GKX.shape
     everything_EE = torch.eye(G * K, dtype=torch.float64)
-    return KeySplit(None, weights.k_GKD.flatten(0, 1).double(), block_identity(G, K), everything_EE)
+    return KeySplit(None, weights.k_GKX.flatten(0, 1).double(), block_identity(G, K), everything_EE)

@@ -24,12 +24,13 @@ class KeepAll:
         return spec.kv_width // 2
 
     def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
-        """The source's table, each frequency once per key head."""
-        return tuple(f for f in spec.rope_frequencies for _ in range(spec.num_kv_heads))
+        """The source's table, if all layers have one, each frequency once per key head."""
+        table = spec.shared_frequencies
+        return None if table is None else tuple(f for f in table for _ in range(spec.num_kv_heads))
 
     def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
         """Reorder half-split heads into interleaved slots; nothing is left for the latent."""
-        G, K, _ = weights.k_GKD.shape
+        G, K, _ = weights.k_GKX.shape
         order_K = pair_dims(torch.arange(K // 2), K)
         order_E = (torch.arange(G)[:, None] * K + order_K).flatten()
         slots_ES = torch.eye(G * K, dtype=torch.float64)[:, order_E]

@@ -48,17 +48,18 @@ class MeanPhase:
         return self.dims // 2 or None
 
     def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
-        """The fastest frequencies under the one-per-frequency rule; otherwise the data decide."""
-        return spec.rope_frequencies[: self.dims // 2] if self.one_per_frequency else None
+        """The fastest frequencies under the one-per-frequency rule, if all layers have one table; else unknown."""
+        table = spec.shared_frequencies
+        return table[: self.dims // 2] if self.one_per_frequency and table else None
 
     def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
         """Complex two-sided PCA per frequency, all directions sorted by the loss of their rotation."""
         if stats is None or stats.gradient_moment_EE is None or stats.attention_HT is None:
             raise ValueError("mean-phase needs input moments, gradient moments and attention distances")
-        G, K, _ = weights.k_GKD.shape
+        G, K, _ = weights.k_GKX.shape
         z_HF = mean_phases(stats.attention_HT, weights.rope_frequencies)
         felt_GF = z_HF.abs().square().view(G, -1, K // 2).mean(1)
-        keys_EE = output_moment(weights.k_GKD.flatten(0, 1), shrink(stats.input_moment_DD, self.shrinkage))
+        keys_EE = output_moment(weights.k_GKX.flatten(0, 1), shrink(stats.input_moment_XX, self.shrinkage))
         gradients_EE = shrink(stats.gradient_moment_EE[: G * K, : G * K], self.shrinkage)
         down_FGS, up_FGS, energy_FS, weight_FG = _complex_pca(keys_EE, gradients_EE, G, K)
         kept_F = (weight_FG * felt_GF.T).sum(1) / weight_FG.sum(1)

@@ -47,23 +47,24 @@ class RoRope:
         return spec.num_pairs // self.collapse(spec.num_pairs)
 
     def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
-        """Every collapse-th frequency of the source; folding does not change the table."""
+        """Every collapse-th frequency of the source, if all layers have one table; folding does not change it."""
         collapse = self.collapse(spec.num_pairs)
         if self.folding not in ("auto", 0, *self.candidates(spec.num_pairs)):
             raise InvalidRecipe(
                 f"rope.folding is {self.folding}; with {spec.num_pairs} rotary pairs and {self.dims} dims "
                 f"it can be one of {', '.join(map(str, self.candidates(spec.num_pairs)))}"
             )
-        return spec.rope_frequencies[::collapse]
+        table = spec.shared_frequencies
+        return None if table is None else table[::collapse]
 
     def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
         """Rotate each band to its principal components and keep the strongest as slots."""
         if self.folding == "auto" or stats is None:
             raise ValueError("folding must be chosen, and input moments given, before a layer is split")
-        G, K, _ = weights.k_GKD.shape
+        G, K, _ = weights.k_GKX.shape
         collapse = self.collapse(K // 2)
         folding = self.folding or collapse
-        moment_EE = output_moment(weights.k_GKD.flatten(0, 1), stats.input_moment_DD)
+        moment_EE = output_moment(weights.k_GKX.flatten(0, 1), stats.input_moment_XX)
         slots: list[Tensor] = []
         rest: list[Tensor] = []
         for first in range(0, K // 2, folding):
