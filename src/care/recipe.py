@@ -52,7 +52,8 @@ class Recipe:
         for key, registry in parts.items():
             part = getattr(self, key)
             described[key] = {"method": _registered_name(registry, part), **asdict(part)}
-        described["refit"] = None if self.refit is None else {"method": "ridge", **asdict(self.refit)}
+        if self.refit is not None:
+            described["refit"] = {"method": _registered_name(REFITS, self.refit), **asdict(self.refit)}
         return described
 
     def digest(self) -> str:

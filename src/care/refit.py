@@ -3,9 +3,10 @@
 A latent layer reads z (heads mixed and expanded, width H * V) where the source read its own, and adds O z to the
 residual stream. Over calibration tokens the best O for targets y has the closed form
 
-    O' = (E[y z^T] + l O) (E[z z^T] + l I)^(-1),        l = ridge * mean diag E[z z^T],
+    O' = O + E[(y - O z) z^T] (E[z z^T] + l I)^(-1),        l = ridge * mean diag E[z z^T],
 
-a ridge towards the O of the source. Only the two moments are kept.
+a ridge towards the O of the source. Only the two moments are kept; written with the error y - O z, rounding in them
+is relative to the correction, and a layer without error stays as it is.
 """
 
 from dataclasses import dataclass, replace
@@ -19,21 +20,23 @@ from .types import LatentAttention
 
 
 class OutputMoments:
-    """Sums over tokens of z z^T and y z^T, fp64 on the CPU; products in fp32."""
+    """Sums over tokens of z z^T and (y - O z) z^T, fp64 on the CPU; products in fp32."""
 
     def __init__(self, latent: LatentAttention) -> None:
         D, H, V = latent.out_DHV.shape
         self.num_tokens = 0
+        self._out_DZ = latent.out_DHV.reshape(D, H * V).float()
         self._bias_D = latent.carried.out_bias_D
         self.inner_ZZ = torch.zeros(H * V, H * V, dtype=torch.float64)
         self.cross_DZ = torch.zeros(D, H * V, dtype=torch.float64)
 
     def add(self, z_TZ: Tensor, y_TD: Tensor) -> None:
         """Add what the projection read and what it should have given, its bias included."""
-        y_TD = y_TD if self._bias_D is None else y_TD - self._bias_D.to(y_TD)
+        error_TD = y_TD - z_TZ @ self._out_DZ.to(z_TZ.device).T
+        error_TD = error_TD if self._bias_D is None else error_TD - self._bias_D.to(error_TD)
         self.num_tokens += z_TZ.shape[0]
         self.inner_ZZ += (z_TZ.T @ z_TZ).cpu()
-        self.cross_DZ += (y_TD.T @ z_TZ).cpu()
+        self.cross_DZ += (error_TD.T @ z_TZ).cpu()
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Ridge:
         inner_ZZ, cross_DZ = moments.inner_ZZ / moments.num_tokens, moments.cross_DZ / moments.num_tokens
         damping = self.ridge * inner_ZZ.diagonal().mean()
         system_ZZ = inner_ZZ + damping * torch.eye(H * V, dtype=torch.float64)
-        out_DZ = torch.linalg.solve(system_ZZ, (cross_DZ + damping * start_DZ).T).T
-        return replace(latent, out_DHV=out_DZ.view(D, H, V))
+        correction_DZ = torch.linalg.solve(system_ZZ, cross_DZ.T).T
+        return replace(latent, out_DHV=(start_DZ + correction_DZ).view(D, H, V))
 
 
 REFITS = {"ridge": Ridge}
