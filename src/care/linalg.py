@@ -70,6 +70,19 @@ def principal_outputs(weight_MD: Tensor, metric_DD: Tensor | None) -> Spectrum:
     return Spectrum(energy_S.flip(0).clamp(min=0), basis_SS if reach_MS is None else reach_MS @ basis_SS)
 
 
+def output_energies(weight_MD: Tensor, metric_DD: Tensor | None, output_MM: Tensor | None) -> Tensor:
+    """The energies alone of T^(1/2) W C^(1/2), T the output metric: S = min(M, D) of them, descending.
+
+    The eigenvalues of L^T W C W^T L with T = L L^T are the same, and a Cholesky factor is cheaper than a root.
+    """
+    gram_MM = output_moment(weight_MD, metric_DD)
+    if output_MM is not None:
+        floor = RELATIVE_FLOOR * output_MM.diagonal().max()
+        lower_MM = torch.linalg.cholesky(output_MM + floor * torch.eye(len(output_MM), dtype=output_MM.dtype))
+        gram_MM = lower_MM.T @ gram_MM @ lower_MM
+    return torch.linalg.eigvalsh(gram_MM).flip(0)[: min(weight_MD.shape)].clamp(min=0)
+
+
 def weighted_error(weight_MD: Tensor, approximation_MD: Tensor, metric_DD: Tensor | None) -> float:
     """tr((W - W') C (W - W')^T), measured from the matrices themselves."""
     difference_MD = weight_MD.double() - approximation_MD.double()

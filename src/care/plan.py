@@ -8,7 +8,7 @@ import torch
 from .allocation import Threshold, Uniform
 from .calibration import Calibration
 from .errors import InvalidRecipe
-from .factorization import Svd, layer_spectra
+from .factorization import Svd, layer_energies
 from .folding import FoldingSearch, choose_folding
 from .formats import FORMATS
 from .progress import Track, silent
@@ -178,8 +178,8 @@ def _spectra(plan: Plan, num_slots: int, track: Track) -> list[tuple[torch.Tenso
     layers = range(plan.target.spec.num_layers)
     for index in track(layers, label="reading spectra", total=len(layers)):
         weights, stats = plan.source.attention(index), plan.stats(index)
-        sides = layer_spectra(plan.recipe.factorization, weights, split_keys(plan, weights, stats, num_slots), stats)
-        spectra.append(tuple(side.energy_S for side in sides))
+        sides = layer_energies(plan.recipe.factorization, weights, split_keys(plan, weights, stats, num_slots), stats)
+        spectra.append(sides)
     return spectra
 
 
@@ -195,7 +195,7 @@ def _choose_slots(plan: Plan, budget: int, track: Track) -> tuple[LayerRanks, ..
         assert slots.loss is not None
         choices.append({})
         for n in range(0, spec.kv_width // 2 + 1, allocation.slot_step):
-            energy = layer_spectra(plan.recipe.factorization, weights, slots.split(n), stats)[0].energy_S
+            energy = layer_energies(plan.recipe.factorization, weights, slots.split(n), stats)[0]
             choices[-1][n] = (float(slots.loss[n]), energy)
     chosen = allocation.choose(choices, budget)
     num_pairs = spec.kv_width // 2

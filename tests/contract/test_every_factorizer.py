@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from care.attention import latent_attention, source_attention
-from care.factorization import FACTORIZERS, Factorizer, Svd, Whitened, factorize, layer_spectra
+from care.factorization import FACTORIZERS, Factorizer, Svd, Whitened, factorize, layer_energies
 from care.factorization.base import Targets
 from care.recipe import load_recipe, recipe_names
 from care.rope_split import KeepAll, RoRope, whole_keys
@@ -218,10 +218,10 @@ def test_spectra_are_those_of_the_whitened_maps(method: Factorizer) -> None:
     split = whole_keys(weights)
     latent = factorize(method, weights, split, stats, ranks_of(method, split, 1, 1)).latent
     blocks = blocks_of(method, weights, split, stats, latent)
-    for spectrum, block in zip(layer_spectra(method, weights, split, stats), blocks, strict=True):
-        assert bool((spectrum.energy_S.diff() <= 0).all())
+    for found_S, block in zip(layer_energies(method, weights, split, stats), blocks, strict=True):
+        assert bool((found_S.diff() <= 0).all())
         energy_S = block.singular_values().square()
-        assert_close(spectrum.energy_S / energy_S.sum(), energy_S / energy_S.sum(), "fp64")
+        assert_close(found_S / energy_S.sum(), energy_S / energy_S.sum(), "fp64")
 
 
 @pytest.mark.parametrize("method", METHODS)

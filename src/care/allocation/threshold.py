@@ -5,12 +5,15 @@ of slots n the loss is what the dropped rotations cost plus the tail of the late
 lambda times the width is minimized layer by layer, and lambda is bisected until the budget is met.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from ..errors import InvalidRecipe
 
 BISECTIONS = 60
 FIRST_STEPS = 4096
@@ -20,20 +23,37 @@ TINY = 1e-30
 """Keeps the price above zero where no layer has energy."""
 
 
+Layers = Sequence[Mapping[int, tuple[float, Tensor]]]
+"""Per layer: number of slots to the loss of the dropped rotations and the latent's energies, descending."""
+
+
 @dataclass(frozen=True)
 class Threshold:
-    """Global allocation; `slot_step` is how finely numbers of rope slots are tried."""
+    """Global allocation; `slot_step` is how finely numbers of rope slots are tried.
+
+    Ranks and rotary dims are multiples of `multiple`, as kernels like them; a rank may also be all that there is.
+    """
 
     slot_step: int = 4
+    multiple: int = 1
     uses_spectra: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("slot_step", "multiple"):
+            if getattr(self, name) < 1:
+                raise InvalidRecipe(f"allocation.{name} is {getattr(self, name)}; it must be at least 1")
+
+    def slot_counts(self, most: int) -> range:
+        """Numbers of rope slots to try, from none to `most`."""
+        return range(0, most + 1, math.lcm(self.slot_step, self.multiple) // math.gcd(2, self.multiple))
 
     def __call__(self, spectra: Sequence[Tensor], caps: Sequence[int], budget: int) -> tuple[int, ...]:
         """Ranks alone: the largest squared singular values of all layers together."""
         choices = [{0: (0.0, s[:cap])} for s, cap in zip(spectra, caps, strict=True)]
         return tuple(rank for _, rank in self.choose(choices, budget))
 
-    def choose(self, layers: Sequence[Mapping[int, tuple[float, Tensor]]], budget: int) -> list[tuple[int, int]]:
-        """(slots, rank) per layer, with widths 2 * slots + rank that add up to the budget exactly.
+    def choose(self, layers: Layers, budget: int) -> list[tuple[int, int]]:
+        """(slots, rank) per layer, with widths 2 * slots + rank that add up to the budget, or as near as multiples come.
 
         Each layer maps a number of slots to the loss of the dropped rotations and the latent's squared
         singular values, descending. The caller ensures that the budget can be met.
@@ -42,39 +62,48 @@ class Threshold:
         low, high = 0.0, 2 * largest + TINY
         for _ in range(BISECTIONS):
             middle = (low * high) ** 0.5 if low else high / FIRST_STEPS
-            chosen = [_cheapest(layer, middle) for layer in layers]
+            chosen = [_cheapest(layer, middle, self.multiple) for layer in layers]
             if sum(2 * n + r for n, r in chosen) > budget:
                 low = middle
             else:
                 high = middle
-        chosen = [_cheapest(layer, high) for layer in layers]
-        return _spend_rest(layers, chosen, budget)
+        chosen = [_cheapest(layer, high, self.multiple) for layer in layers]
+        return _spend_rest(layers, chosen, budget, self.multiple)
 
 
-def _cheapest(layer: Mapping[int, tuple[float, Tensor]], price: float) -> tuple[int, int]:
+def predicted_loss(layers: Layers, chosen: Sequence[tuple[int, int]]) -> float:
+    """What the dropped rotations and latent directions of all layers cost together."""
+    return sum(dropped_loss(layer, *choice) for layer, choice in zip(layers, chosen, strict=True))
+
+
+def dropped_loss(layer: Mapping[int, tuple[float, Tensor]], slots: int, rank: int) -> float:
+    """The same for one layer."""
+    rotations, energy_S = layer[slots]
+    return rotations + float(energy_S[rank:].sum())
+
+
+def _cheapest(layer: Mapping[int, tuple[float, Tensor]], price: float, multiple: int) -> tuple[int, int]:
     """The (slots, rank) of a layer with the least loss plus price times width."""
     best: tuple[float, int, int] | None = None
-    for slots, (dropped, energy_S) in layer.items():
-        rank = max(int((energy_S > price).sum()), min(1, len(energy_S)))
-        cost = dropped + float(energy_S[rank:].sum()) + price * (2 * slots + rank)
-        if best is None or cost < best[0]:
-            best = (cost, slots, rank)
+    for slots, (_, energy_S) in layer.items():
+        below = int((energy_S > price).sum()) // multiple * multiple
+        for rank in {max(below, min(multiple, len(energy_S))), min(below + multiple, len(energy_S))}:
+            cost = dropped_loss(layer, slots, rank) + price * (2 * slots + rank)
+            if best is None or (cost, slots, rank) < best:
+                best = (cost, slots, rank)
     assert best is not None
     return best[1], best[2]
 
 
-def _spend_rest(
-    layers: Sequence[Mapping[int, tuple[float, Tensor]]], chosen: list[tuple[int, int]], budget: int
-) -> list[tuple[int, int]]:
-    """Give what the bisection left over, rank by rank, to the largest next energies."""
+def _spend_rest(layers: Layers, chosen: list[tuple[int, int]], budget: int, multiple: int) -> list[tuple[int, int]]:
+    """Give what the bisection left over, step by step, to the largest next energies."""
     rest = budget - sum(2 * n + r for n, r in chosen)
     while rest > 0:
-        gains = [
-            float(e[r]) if len(e := layer[n][1]) > r else -1.0 for layer, (n, r) in zip(layers, chosen, strict=True)
-        ]
+        nexts = [layer[n][1][r : r + multiple] for layer, (n, r) in zip(layers, chosen, strict=True)]
+        gains = [float(e.sum()) if 0 < len(e) <= rest else -1.0 for e in nexts]
         best = int(torch.tensor(gains).argmax())
         if gains[best] < 0:
             break
-        chosen[best] = (chosen[best][0], chosen[best][1] + 1)
-        rest -= 1
+        chosen[best] = (chosen[best][0], chosen[best][1] + len(nexts[best]))
+        rest -= len(nexts[best])
     return chosen

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..linalg import Root, Spectrum, principal_outputs, symmetric_root, weighted_error
+from ..linalg import Root, output_energies, principal_outputs, symmetric_root, weighted_error
 from ..types import AttentionWeights, KeySplit, LatentAttention, LayerRanks, LayerStats
 
 
@@ -77,13 +77,13 @@ class _Problem:
         """The map with its outputs in the metric's units."""
         return self.weight_MX if self.root is None else self.root.root_MM @ self.weight_MX
 
-    def spectrum(self) -> Spectrum:
-        """Energies and directions of the whitened map."""
-        return principal_outputs(self.whitened, self.metric_XX)
+    def energies(self) -> Tensor:
+        """Squared singular values of the whitened map, descending."""
+        return output_energies(self.weight_MX, self.metric_XX, self.output_MM)
 
     def solve(self, rank: int) -> tuple[Tensor, Tensor]:
         """Down (R, X) and up (M, R) maps of the best approximation; ValueError if the rank cannot be had."""
-        basis_MR = self.spectrum().basis_MS[:, :rank]
+        basis_MR = principal_outputs(self.whitened, self.metric_XX).basis_MS[:, :rank]
         if basis_MR.shape[1] < rank:
             raise ValueError(f"rank {rank} asked of a map with {basis_MR.shape[1]} directions")
         return basis_MR.T @ self.whitened, basis_MR if self.root is None else self.root.inverse_MM @ basis_MR
@@ -105,12 +105,12 @@ def _problems(method: Factorizer, targets: Targets, stats: LayerStats | None) ->
     return [_Problem(w, targets.metric_XX, part) for w, part in zip(maps, parts, strict=True)]
 
 
-def layer_spectra(
+def layer_energies(
     method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats | None
-) -> tuple[Spectrum, ...]:
-    """What an allocator sees: one spectrum of a joint latent, or those of keys and of values."""
+) -> tuple[Tensor, ...]:
+    """What an allocator sees: squared singular values of a joint latent, or those of keys and of values."""
     problems = _problems(method, _targets(method, weights, split, stats), stats)
-    return tuple(problem.spectrum() for problem in problems)
+    return tuple(problem.energies() for problem in problems)
 
 
 def factorize(

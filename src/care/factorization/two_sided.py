@@ -47,8 +47,8 @@ class TwoSided:
         if stats is None or stats.gradient_moment_EE is None:
             raise ValueError("two-sided needs gradient moments")
         E = len(targets.values_EX)
-        moment = stats.gradient_moment_EE.clone()
-        for part in (slice(0, E), slice(E, 2 * E)):
-            moment[part, part] = shrink(moment[part, part], self.gradient_shrinkage)
+        a, diagonal = self.gradient_shrinkage, stats.gradient_moment_EE.diagonal()
+        sizes = torch.cat([part.mean().expand(E) for part in diagonal.split(E)])
+        moment = (1 - a) * stats.gradient_moment_EE + a * sizes.diag()
         carry = torch.block_diag(targets.error_EM, torch.eye(E, dtype=torch.float64))
         return carry.T @ moment @ carry

@@ -26,7 +26,8 @@ class MeanPhase:
 
     `dims` fixes the rotary values of every layer; 0 leaves the number to the allocator. With
     `one_per_frequency` the slots are the strongest direction of each of the dims / 2 fastest frequencies, which
-    DeepSeek's table can express: base' = base^(dims / head_dim).
+    DeepSeek's table can express: base' = base^(dims / head_dim); 0 is then replaced before conversion starts by the
+    number that loses least over all layers (care.plan).
     """
 
     dims: int = 0
@@ -37,8 +38,6 @@ class MeanPhase:
     def __post_init__(self) -> None:
         if self.dims < 0 or self.dims % 2:
             raise InvalidRecipe(f"rope.dims is {self.dims}; it must be even, or 0 to let the allocator choose")
-        if self.one_per_frequency and not self.dims:
-            raise InvalidRecipe("rope.one_per_frequency needs rope.dims")
 
     def num_slots(self, spec: AttentionSpec) -> int | None:
         """Half of `dims`."""
