@@ -184,7 +184,12 @@ def test_spec_is_the_models(name: str) -> None:
 @pytest.mark.parametrize("name", ["Qwen2.5-7B", "Qwen3-4B-Instruct-2507", "Qwen3-30B-A3B-Instruct-2507", "SmolLM3-3B"])
 def test_windows_that_are_switched_on(name: str) -> None:
     """Published configs have the keys but no list of layer kinds; which layers they mean is the family's rule."""
-    real = {**REAL[name].config, "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 20}
+    real: dict[str, Any] = {
+        **REAL[name].config,
+        "use_sliding_window": True,
+        "sliding_window": 64,
+        "max_window_layers": 20,
+    }
     known = transformers.AutoConfig.for_model(**real)
     with torch.device("meta"):
         model: Any = transformers.AutoModelForCausalLM.from_config(known)
