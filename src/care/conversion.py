@@ -28,7 +28,7 @@ from .plan import Plan, split_keys
 from .prefix import Prefix
 from .progress import Track, silent
 from .source import Source
-from .types import LayerRanks
+from .types import KeySplit, LatentAttention, LayerRanks
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +55,11 @@ class CalibrationRequest:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer; errors are relative and in the method's input metric."""
+    """What became of one layer; errors are relative and in the method's input metric.
+
+    Losses are what lost rotations and truncated keys and values cost before any refit, in nats a token to second
+    order; None for methods that do not weigh in units of the loss.
+    """
 
     rope_dim: int
     key_rank: int
@@ -64,6 +68,9 @@ class LayerReport:
     width: int
     key_error: float
     value_error: float
+    rope_loss: float | None = None
+    key_loss: float | None = None
+    value_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Report:
     source_cache_width: int
     mean_cache_width: float
     folding_perplexity: dict[int, float] | None
+    rounding_loss: float | None
     calibration: dict[str, Any] | None
     seconds: float
     layers: list[LayerReport]
@@ -120,7 +128,15 @@ def calibrate(
     return Calibration(info, layers, windows_BT)
 
 
-def convert_layers(plan: Plan, *, track: Track = silent) -> Iterator[Factors]:
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One layer, done: what to write and what to report."""
+
+    latent: LatentAttention
+    report: LayerReport
+
+
+def convert_layers(plan: Plan, *, track: Track = silent) -> Iterator[ConvertedLayer]:
     """The converted attention of each layer in turn, one in memory at a time."""
     prefix = _prefix(plan)
     for index in track(range(len(plan.ranks)), label="factorizing", total=len(plan.ranks)):
@@ -129,7 +145,9 @@ def convert_layers(plan: Plan, *, track: Track = silent) -> Iterator[Factors]:
             stats = prefix.stats(index, weights.carried, stats)
         keys = split_keys(plan, weights, stats, plan.ranks[index].rope_dim // 2)
         factors = factorize(plan.recipe.factorization, weights, keys, stats, plan.ranks[index])
-        yield factors if prefix is None else replace(factors, latent=prefix.fitted(index, factors.latent))
+        latent = factors.latent if prefix is None else prefix.fitted(index, factors.latent)
+        in_nats = "gradients" in plan.recipe.factorization.needs
+        yield ConvertedLayer(latent, _layer_report(plan.ranks[index], keys, factors, in_nats=in_nats))
 
 
 def _prefix(plan: Plan) -> Prefix | None:
@@ -149,13 +167,13 @@ def convert(plan: Plan, out_dir: Path, *, track: Track = silent) -> Report:
     reports: list[LayerReport] = []
     frequencies: list[tuple[float, ...]] = []
     with CheckpointWriter(out_dir, num_layers + 1) as writer:
-        for index, factors in enumerate(convert_layers(plan, track=track)):
+        for index, layer in enumerate(convert_layers(plan, track=track)):
             prefix = source.architecture.attention.format(i=index)
-            tensors = layout.attention_tensors(factors.latent, plan.target)
+            tensors = layout.attention_tensors(layer.latent, plan.target)
             named = {f"{prefix}.{name}": check_finite(name, tensor) for name, tensor in tensors.items()}
             writer.write_shard(index + 1, named | _carried(plan, carried[index]))
-            reports.append(layer_report(plan.ranks[index], factors))
-            rope = factors.latent.rope
+            reports.append(layer.report)
+            rope = layer.latent.rope
             frequencies.append(plan.target.spec.rope_frequencies[index] if rope is None else rope.frequencies)
         writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
         with writing(out_dir):
@@ -172,9 +190,16 @@ def _carried(plan: Plan, names: Sequence[str]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def layer_report(ranks: LayerRanks, factors: Factors) -> LayerReport:
-    """One layer's line of the report."""
-    return LayerReport(**asdict(ranks), width=ranks.width, key_error=factors.key_error, value_error=factors.value_error)
+def _layer_report(ranks: LayerRanks, keys: KeySplit, factors: Factors, *, in_nats: bool) -> LayerReport:
+    """One layer's line of the report; energies weighted by gradients are twice the nats."""
+
+    def nats(energy: float | None) -> float | None:
+        return energy / 2 if in_nats and energy is not None else None
+
+    return LayerReport(
+        **asdict(ranks), width=ranks.width, key_error=factors.keys.error, value_error=factors.values.error,
+        rope_loss=nats(keys.rope_loss), key_loss=nats(factors.keys.loss), value_loss=nats(factors.values.loss),
+    )  # fmt: skip
 
 
 def make_report(plan: Plan, layers: list[LayerReport], seconds: float) -> Report:
@@ -190,6 +215,7 @@ def make_report(plan: Plan, layers: list[LayerReport], seconds: float) -> Report
         source_cache_width=plan.target.spec.cache_width,
         mean_cache_width=plan.mean_width,
         folding_perplexity=plan.folding.perplexity if plan.folding else None,
+        rounding_loss=plan.rounding_loss,
         calibration=asdict(plan.calibration.info) if plan.calibration else None,
         seconds=seconds,
         layers=layers,
