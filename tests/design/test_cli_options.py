@@ -16,7 +16,7 @@ OPTIONS = {
         "model", "out_dir", "--recipe", "--for", "--kv-budget", "--calibration", *CALIBRATION, "--mode", "--format",
         "--dtype", "--device", "--json",
     ],
-    "eval": ["model", "--against", *TEXT, "--dtype", "--device", "--json"],
+    "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
     "compare": ["model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, *TEXT, "--device", "--json"],
     "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
 }  # fmt: skip
