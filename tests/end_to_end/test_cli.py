@@ -69,6 +69,15 @@ def assert_refused(outcome: Outcome, words: str, out: Path, *, worked: bool = Fa
     assert not out.with_name(out.name + ".partial").exists()
 
 
+def assert_stopped(outcome: Outcome, words: str, out: Path) -> None:
+    """One line of error; no output, but what it can be continued from."""
+    assert outcome.code == EXIT_ERROR, outcome
+    assert outcome.stderr.splitlines()[-1].startswith("care: error: ")
+    assert words in outcome.stderr.splitlines()[-1]
+    assert not out.exists()
+    assert {p.name for p in out.with_name(out.name + ".partial").iterdir()} == {"result", "run.json", "work"}
+
+
 def damaged(tiny: TinyModels, to: Path, edit: Edit) -> Path:
     """A copy of the GQA model with one thing wrong."""
     copy = shutil.copytree(tiny.directory("llama-gqa"), to / "source")
@@ -358,21 +367,25 @@ def test_disk_known_to_be_too_small(
 def test_disk_full_while_tensors_are_written(
     tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path, command: str
 ) -> None:
-    """The second file does not fit."""
+    """The second file does not fit; what fits is kept, and the same command goes on from it."""
     saved: list[Path] = []
 
     def save(tensors: Any, file: Path, metadata: Any) -> None:
-        if saved:
+        if len(saved) == 1:
+            saved.append(file)
             raise OSError(errno.ENOSPC, "No space left on device")
         saved.append(file)
         save_file(tensors, file, metadata)
 
-    monkeypatch.setattr("care.checkpoint.save_file", save)
+    monkeypatch.setattr("care.output.save_file", save)
     out = tmp_path / "out"
     option = "--calibration" if command == "convert" else "--text"
-    outcome = care_main(command, tiny.directory("llama-gqa"), out, option, text_file, *SAMPLES)
-    assert_refused(outcome, "the disk is full", out, worked=True)
-    assert saved
+    arguments = (command, tiny.directory("llama-gqa"), out, option, text_file, *SAMPLES)
+    assert_stopped(care_main(*arguments), "the disk is full", out)
+    assert len(saved) == 2
+    again = care_main(*arguments)
+    assert (again.code, "continuing from" in again.stderr) == (0, True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_disk_full_while_the_tokenizer_is_copied(
@@ -384,27 +397,29 @@ def test_disk_full_while_the_tokenizer_is_copied(
     monkeypatch.setattr(Path, "write_bytes", write)
     out = tmp_path / "out"
     outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
-    assert_refused(outcome, "cannot write", out, worked=True)
+    assert_stopped(outcome, "cannot write", out)
 
 
 def test_interrupt_in_the_middle(
     tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the first layer is on disk."""
+    """After the first layer is on disk; the same command goes on with the second."""
     real, done = care.conversion.factorize, []
     out = tmp_path / "out"
 
     def factorize(*arguments: Any) -> Any:
         if done:
-            assert list((tmp_path / "out.partial").glob("*.safetensors"))
+            assert list((tmp_path / "out.partial" / "result").glob("*.safetensors"))
             raise KeyboardInterrupt
         done.append(True)
         return real(*arguments)
 
     monkeypatch.setattr(care.conversion, "factorize", factorize)
     outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
-    assert_refused(outcome, "interrupted; no output was written", out, worked=True)
-    assert done
+    assert_stopped(outcome, "interrupted; the same command continues from", out)
+    monkeypatch.setattr(care.conversion, "factorize", lambda *arguments: done.append(True) or real(*arguments))
+    assert care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu").code == 0
+    assert len(done) == 3
 
 
 def test_the_remains_of_a_killed_run_are_replaced(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import click
 
-from ..checkpoint import check_output_free
-from ..conversion import DTYPES, CalibrationRequest, calibrate, convert
+from ..conversion import DTYPES, CalibrationRequest, run_conversion
 from ..formats import FORMATS
-from ..plan import at_budget, check_request, plan_conversion
+from ..output import check_output_free
+from ..plan import at_budget, check_request
 from ..recipe import load_recipe
 from ..source import open_source
 from ..types import MODES, Mode
-from .console import calibration_options, device_option, dtype_option, emit, json_option, rich_track, working
+from .console import calibration_options, device_option, dtype_option, emit, json_option, rich_track, say, working
 from .profile import profile_text
 
 DEFAULT_RECIPE = "best"
@@ -46,7 +46,10 @@ def command(
     device: str,
     json_file: str | None,
 ) -> None:
-    """Convert SRC into a latent-attention checkpoint in the directory OUT."""
+    """Convert SRC into a latent-attention checkpoint in the directory OUT.
+
+    A run that was stopped is continued by the same command.
+    """
     check_output_free(out_dir)
     recipe = at_budget(load_recipe(recipe_name, mode=mode, format=format_name), kv_budget)
     source = open_source(model, device)
@@ -54,8 +57,8 @@ def command(
     with working(f"loading {model}"):
         check_request(source, recipe, kv_budget, wanted)
     request = CalibrationRequest(calibration, samples, length, seed, context)
-    stats = calibrate(source, request, recipe.needs, track=rich_track) if recipe.needs else None
-    plan = plan_conversion(source, recipe, kv_budget, stats, dtype=wanted, track=rich_track)
-    report = asdict(convert(plan, out_dir, track=rich_track))
+    report = asdict(
+        run_conversion(source, recipe, kv_budget, request, out_dir, dtype=wanted, track=rich_track, say=say)
+    )
     summary = f"wrote {out_dir} ({recipe.format}, {recipe.mode}) in {report['seconds']:.1f} s"
     emit(report, json_file, profile_text(report), summary)
