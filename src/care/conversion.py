@@ -24,11 +24,12 @@ from .calibration import (
     load_text,
     sampled_windows,
 )
-from .checkpoint import check_finite
+from .checkpoint import check_finite, read_json
 from .errors import BadInput
 from .factorization import Factors, factorize
+from .folding import FoldingSearch
 from .formats import FORMATS
-from .output import CheckpointWriter, Say, check_output_free, check_space, unsaid, writing
+from .output import CheckpointWriter, Say, check_output_free, check_space, save_json, unsaid, writing
 from .plan import Plan, plan_conversion, split_keys
 from .prefix import Prefix
 from .progress import Track, silent
@@ -41,6 +42,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 STATISTICS = frozenset({"inputs", "gradients", "distances"})
 """Everything that calibration can collect."""
+
+DECIDED = "plan.json"
+"""The decisions of a plan, in the work that a stopped run leaves."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +212,23 @@ def run_conversion(
     with CheckpointWriter(out_dir, source.spec.num_layers + 1, run, say) as writer:
         stats = writer.work / "calibration"
         calibration = calibrate(source, request, recipe.needs, directory=stats, track=track) if recipe.needs else None
-        plan = plan_conversion(source, recipe, kv_budget, calibration, dtype=dtype, track=track)
+        decided = _decided(writer.work / DECIDED)
+        plan = plan_conversion(source, recipe, kv_budget, calibration, dtype=dtype, track=track, **decided)
+        save_json(
+            writer.work / DECIDED,
+            {"ranks": [asdict(r) for r in plan.ranks], "folding": plan.folding and asdict(plan.folding)},
+        )
         return _write(plan, writer, track)
+
+
+def _decided(file: Path) -> dict[str, Any]:
+    """What the plan of a run that was stopped had decided, as arguments for the plan of this one."""
+    if not file.is_file():
+        return {}
+    found = read_json(file)
+    tried = found["folding"]
+    folding = tried and FoldingSearch({int(f): ppl for f, ppl in tried["perplexity"].items()}, tried["best"])
+    return {"ranks": tuple(LayerRanks(**ranks) for ranks in found["ranks"]), "folding": folding}
 
 
 def describe_run(source: Source, request: CalibrationRequest) -> dict[str, Any]:

@@ -99,9 +99,12 @@ class DirectoryWriter:
 
     def _continues(self) -> bool:
         """Whether the partial output is that of the same run."""
-        if not (self.partial / RUN_NAME).is_file() or self._run is None:
+        if self._run is None or not self.partial.exists():
             return False
-        found = read_json(self.partial / RUN_NAME)
+        try:
+            found = read_json(self.partial / RUN_NAME)
+        except BadInput:
+            found = dict[str, Any]()
         if found == self._run:
             self._say(f"continuing from {self.partial}")
             return True

@@ -101,9 +101,10 @@ def plan_conversion(
     *,
     dtype: torch.dtype | None = None,
     folding: FoldingSearch | None = None,
+    ranks: tuple[LayerRanks, ...] = (),
     track: Track = silent,
 ) -> Plan:
-    """Decide everything: the folding (unless an earlier search is given), then each layer's ranks.
+    """Decide everything: the folding, then each layer's ranks, unless those of an earlier plan are given.
 
     Raises InvalidRecipe, BadInput or UnsupportedModel for whatever cannot be done.
     """
@@ -122,7 +123,7 @@ def plan_conversion(
     else:
         folding = None
     plan = Plan(source, recipe, kv_budget, target, (), calibration, folding)
-    return replace(plan, ranks=_allocate(plan, track))
+    return replace(plan, ranks=ranks or _allocate(plan, track))
 
 
 def split_keys(plan: Plan, weights: AttentionWeights, stats: LayerStats | None, num_slots: int) -> KeySplit:
