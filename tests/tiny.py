@@ -16,11 +16,12 @@ from torch import Tensor
 
 from care.calibration import Calibration, Collection, Observed, Wanted
 from care.calibration.store import layer_name, read_layer
-from care.conversion import STATISTICS, CalibrationRequest, calibrate, convert
+from care.conversion import convert
 from care.modeling.loading import Location, load_model
 from care.plan import Plan, plan_conversion
 from care.recipe import load_recipe
 from care.source import Source, open_source
+from care.statistics import STATISTICS, CalibrationRequest, calibrate
 from care.types import AttentionWeights, LayerStats, Mode
 
 Made = TypeVar("Made")

@@ -100,6 +100,6 @@ def _variant(
         return Variant(recipe, kv_budget, None, [], 0.0, str(error))
     if plan.folding is not None:
         foldings[recipe.rope] = plan.folding
-    latents = [factors.latent for factors in convert_layers(plan, track=track)]
+    latents = [layer.latent for layer in convert_layers(plan, track=track)]
     modules = [module.to(source.device) for module in build_attention(latents, plan.target)]
     return Variant(recipe, kv_budget, plan, modules, time.perf_counter() - start, None)

@@ -81,9 +81,3 @@ def output_energies(weight_MD: Tensor, metric_DD: Tensor | None, output_MM: Tens
         lower_MM = torch.linalg.cholesky(output_MM + floor * torch.eye(len(output_MM), dtype=output_MM.dtype))
         gram_MM = lower_MM.T @ gram_MM @ lower_MM
     return torch.linalg.eigvalsh(gram_MM).flip(0)[: min(weight_MD.shape)].clamp(min=0)
-
-
-def weighted_error(weight_MD: Tensor, approximation_MD: Tensor, metric_DD: Tensor | None) -> float:
-    """tr((W - W') C (W - W')^T), measured from the matrices themselves."""
-    difference_MD = weight_MD.double() - approximation_MD.double()
-    return float(output_moment(difference_MD, metric_DD).diagonal().sum())

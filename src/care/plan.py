@@ -1,11 +1,11 @@
 """What a conversion will do, decided before it is done: every error that a user can cause is raised here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from .allocation import Threshold, Uniform
+from .allocation import Threshold, Uniform, predicted_loss
 from .calibration import Calibration
 from .errors import InvalidRecipe
 from .factorization import Svd, layer_energies
@@ -13,7 +13,7 @@ from .folding import FoldingSearch, choose_folding
 from .formats import FORMATS
 from .progress import Track, silent
 from .recipe import Recipe
-from .rope_split import KeepAll, RoRope, whole_keys
+from .rope_split import KeepAll, MeanPhase, RopeSplit, RoRope, whole_keys
 from .source import Source
 from .types import AttentionWeights, KeySplit, LayerRanks, LayerStats, Target
 
@@ -23,13 +23,17 @@ PARITY = 1.0
 ROUNDING = 1e-6
 """Added before a budget is cut to whole values, so that 0.7 * 10 is 7."""
 
+DIMS_TRIED = 16
+"""How many numbers of rotary dims are weighed against one another where there is one slot per frequency."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """A conversion in which nothing is left to decide.
 
     `recipe` has its folding chosen and, at parity, its rope split replaced; `calibration` is None for a
-    method that looks at weights only.
+    method that looks at weights only. `rounding_loss` is what an allocation in multiples is predicted to cost, in
+    nats a token, beside the one in single values.
     """
 
     source: Source
@@ -39,6 +43,7 @@ class Plan:
     ranks: tuple[LayerRanks, ...]
     calibration: Calibration | None
     folding: FoldingSearch | None
+    rounding_loss: float | None = None
 
     def stats(self, index: int) -> LayerStats | None:
         """Statistics of a layer, where there are any."""
@@ -70,9 +75,12 @@ def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch
     chooses = isinstance(recipe.allocation, Threshold)
     if chooses and not recipe.factorization.joint:
         raise InvalidRecipe("allocation threshold needs a joint latent; set factorization.joint = true")
-    if num_slots is None and not chooses:
+    finds_dims = absorbed and needs_dims(recipe.rope)
+    if num_slots is None and not (chooses or finds_dims):
         raise InvalidRecipe("rope.dims = 0 leaves the slots to the allocator; use allocation threshold, or set dims")
-    rope_dim = 2 * (num_slots or 0)
+    if finds_dims and not recipe.factorization.joint:
+        raise InvalidRecipe("rope.dims = 0 needs a joint latent; set factorization.joint = true, or dims")
+    rope_dim = 2 * (num_slots or int(finds_dims))
     smallest = rope_dim + (1 if recipe.factorization.joint else 2)
     if not (absorbed and kv_budget == PARITY) and int(kv_budget * spec.cache_width) < smallest:
         raise InvalidRecipe(
@@ -101,10 +109,9 @@ def plan_conversion(
     *,
     dtype: torch.dtype | None = None,
     folding: FoldingSearch | None = None,
-    ranks: tuple[LayerRanks, ...] = (),
     track: Track = silent,
 ) -> Plan:
-    """Decide everything: the folding, then each layer's ranks, unless those of an earlier plan are given.
+    """Decide everything: the folding (unless an earlier search is given), then each layer's ranks.
 
     Raises InvalidRecipe, BadInput or UnsupportedModel for whatever cannot be done.
     """
@@ -123,27 +130,64 @@ def plan_conversion(
     else:
         folding = None
     plan = Plan(source, recipe, kv_budget, target, (), calibration, folding)
-    return replace(plan, ranks=ranks or _allocate(plan, track))
+    if recipe.mode == "absorbed" and needs_dims(recipe.rope):
+        plan = _with_best_dims(plan, track)
+    return _allocated(plan, track)
+
+
+def needs_dims(split: RopeSplit) -> bool:
+    """Whether a split has one slot per frequency and leaves open how many."""
+    return isinstance(split, MeanPhase) and split.one_per_frequency and not split.dims
+
+
+def _with_best_dims(plan: Plan, track: Track) -> Plan:
+    """The number of fastest frequencies, one slot each in every layer, at which all layers together lose least."""
+    spec, split = plan.target.spec, plan.recipe.rope
+    assert isinstance(split, MeanPhase)
+    width = int(plan.kv_budget * spec.cache_width + ROUNDING)
+    step = max(spec.num_pairs // DIMS_TRIED, 1)
+    counts = [n for n in range(step, spec.num_pairs + 1, step) if 2 * n < width] or [1]
+    lost = dict.fromkeys(counts, 0.0)
+    layers = range(spec.num_layers)
+    for index in track(layers, label="weighing rope dims", total=len(layers)):
+        weights, stats = plan.source.attention(index), plan.stats(index)
+        for n in counts:
+            keys = replace(split, dims=2 * n)(weights, stats).split(n)
+            assert keys.rope_loss is not None
+            tail = layer_energies(plan.recipe.factorization, weights, keys, stats)[0][width - 2 * n :]
+            lost[n] += keys.rope_loss + float(tail.sum())
+    recipe = replace(plan.recipe, rope=replace(split, dims=2 * min(counts, key=lambda n: lost[n])))
+    return replace(plan, recipe=recipe, target=check_request(plan.source, recipe, plan.kv_budget, plan.target.dtype))
 
 
 def split_keys(plan: Plan, weights: AttentionWeights, stats: LayerStats | None, num_slots: int) -> KeySplit:
     """A layer's keys, split as the plan's mode and recipe say."""
-    return whole_keys(weights) if plan.target.mode == "rebuild" else plan.recipe.rope(weights, stats).split(num_slots)
+    return _splitter(plan, weights, stats)(num_slots)
 
 
-def _allocate(plan: Plan, track: Track) -> tuple[LayerRanks, ...]:
+def _splitter(plan: Plan, weights: AttentionWeights, stats: LayerStats | None) -> Callable[[int], KeySplit]:
+    """The split of a layer's keys for any number of slots."""
+    if plan.target.mode == "rebuild":
+        whole = whole_keys(weights)
+        return lambda _: whole
+    return plan.recipe.rope(weights, stats).split
+
+
+def _allocated(plan: Plan, track: Track) -> Plan:
     """Spread the budget over layers; separate latents get half each, as far as they can use it."""
     spec, absorbed = plan.target.spec, plan.target.mode == "absorbed"
     budget = int(plan.kv_budget * spec.cache_width * spec.num_layers + ROUNDING)
     num_slots = plan.recipe.rope.num_slots(spec) if absorbed else 0
-    if num_slots is None:
-        return _choose_slots(plan, budget, track)
+    if isinstance(plan.recipe.allocation, Threshold):
+        open_counts = plan.recipe.allocation.slot_counts(spec.kv_width // 2)
+        return _choose_slots(plan, open_counts if num_slots is None else [num_slots], budget, track)
+    assert num_slots is not None, "refused by check_request"
     if FORMATS[plan.recipe.format].one_width:
         budget -= budget % spec.num_layers
     budget -= 2 * num_slots * spec.num_layers
     spectra = _spectra(plan, num_slots, track) if plan.recipe.allocation.uses_spectra else []
     allocate = _joint_ranks if plan.recipe.factorization.joint else _separate_ranks
-    return allocate(plan, spectra, 2 * num_slots, budget)
+    return replace(plan, ranks=allocate(plan, spectra, 2 * num_slots, budget))
 
 
 Spectra = Sequence[Sequence[torch.Tensor]]
@@ -184,20 +228,25 @@ def _spectra(plan: Plan, num_slots: int, track: Track) -> list[tuple[torch.Tenso
     return spectra
 
 
-def _choose_slots(plan: Plan, budget: int, track: Track) -> tuple[LayerRanks, ...]:
-    """Rope slots and joint ranks of all layers against one another."""
+def _choose_slots(plan: Plan, counts: Sequence[int], budget: int, track: Track) -> Plan:
+    """Numbers of rope slots out of `counts`, and joint ranks, of all layers against one another."""
     allocation, spec = plan.recipe.allocation, plan.target.spec
     assert isinstance(allocation, Threshold)
     choices: list[dict[int, tuple[float, torch.Tensor]]] = []
     layers = range(spec.num_layers)
     for index in track(layers, label="weighing slots", total=len(layers)):
         weights, stats = plan.source.attention(index), plan.stats(index)
-        slots = plan.recipe.rope(weights, stats)
-        assert slots.loss is not None
+        split = _splitter(plan, weights, stats)
         choices.append({})
-        for n in range(0, spec.kv_width // 2 + 1, allocation.slot_step):
-            energy = layer_energies(plan.recipe.factorization, weights, slots.split(n), stats)[0]
-            choices[-1][n] = (float(slots.loss[n]), energy)
+        for n in counts:
+            keys = split(n)
+            energy_S = layer_energies(plan.recipe.factorization, weights, keys, stats)[0]
+            choices[-1][n] = (keys.rope_loss or 0.0, energy_S)
     chosen = allocation.choose(choices, budget)
     num_pairs = spec.kv_width // 2
-    return tuple(LayerRanks(2 * n, rank if n < num_pairs else 0, rank, joint=True) for n, rank in chosen)
+    ranks = tuple(LayerRanks(2 * n, rank if n < num_pairs else 0, rank, joint=True) for n, rank in chosen)
+    if allocation.multiple == 1:
+        return replace(plan, ranks=ranks)
+    unrounded = replace(allocation, multiple=1).choose(choices, budget)
+    rounding = predicted_loss(choices, chosen) - predicted_loss(choices, unrounded)
+    return replace(plan, ranks=ranks, rounding_loss=rounding / 2)

@@ -189,13 +189,15 @@ class KeySplit:
 
     rest_MX maps the features to the latent's share of the keys; expand_GNM turns that back into each key
     head's no-rope key. `rope` is None where keys are rebuilt: then the share is every key before RoPE.
-    error_EM says how an error of the share acts on the concatenated keys, as far as scores feel it.
+    error_EM says how an error of the share acts on the concatenated keys, as far as scores feel it. rope_loss is
+    what the lost rotations cost, in the method's units; None where that is not weighed.
     """
 
     rope: DecoupledRope | None
     rest_MX: Tensor
     expand_GNM: Tensor
     error_EM: Tensor
+    rope_loss: float | None = None
 
 
 @dataclass(frozen=True)

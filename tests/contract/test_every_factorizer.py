@@ -190,7 +190,7 @@ def test_reported_errors_are_measured_errors(method: Factorizer) -> None:
     metric_DD = method.metric(stats)
     exact = (split.rest_MX, weights.v_GKX.flatten(0, 1))
     for whole, kept, said in zip(
-        exact, approximations(factors.latent), (factors.key_error, factors.value_error), strict=True
+        exact, approximations(factors.latent), (factors.keys.error, factors.values.error), strict=True
     ):
         relative = (energy(whole - kept, metric_DD) / energy(whole, metric_DD)) ** 0.5
         assert_numbers(said, relative, "fp64")

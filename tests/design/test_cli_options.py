@@ -4,6 +4,7 @@ import click
 import pytest
 
 from care.cli import COMMANDS, group
+from care.commands.convert import ENGINES
 
 CALIBRATION = ["--samples", "--length", "--seed", "--context"]
 TEXT = ["--text", "--window", "--windows"]
@@ -12,10 +13,10 @@ OPTIONS = {
     "inspect": ["model", "--plot", "--json"],
     "calibrate": ["model", "stats", "--text", *CALIBRATION, "--recipes", "--device", "--json"],
     "convert": [
-        "model", "out_dir", "--recipe", "--kv-budget", "--calibration", *CALIBRATION, "--mode", "--format", "--dtype",
-        "--device", "--json",
+        "model", "out_dir", "--recipe", "--for", "--kv-budget", "--calibration", *CALIBRATION, "--mode", "--format",
+        "--dtype", "--device", "--json",
     ],
-    "eval": ["model", "--against", *TEXT, "--dtype", "--device", "--json"],
+    "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
     "compare": ["model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, *TEXT, "--device", "--json"],
     "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
 }  # fmt: skip
@@ -46,7 +47,8 @@ def test_everything_is_explained(name: str) -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     defaults = {p.opts[0]: p.default for p in command("convert").params}
-    assert (defaults["--recipe"], defaults["--kv-budget"]) == ("best", 0.5)
+    assert (defaults["--for"], defaults["--kv-budget"]) == ("anything", 0.5)
+    assert ENGINES["anything"] == "best"
     assert (defaults["--samples"], defaults["--length"], defaults["--seed"]) == (128, 256, 42)
     defaults = {p.opts[0]: p.default for p in command("eval").params}
     assert (defaults["--window"], defaults["--windows"]) == (1024, 24)

@@ -510,13 +510,30 @@ def test_statistics_that_lack_what_a_recipe_needs_are_refused(
     assert_refused(outcome, "needs calibration of distances, gradients", out)
 
 
+@pytest.mark.parametrize(("engine", "architecture"), [("anything", "CareLlama"), ("llama.cpp", "DeepseekV3")])
+def test_an_engine_picks_recipe_and_format(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path, engine: str, architecture: str
+) -> None:
+    out = tmp_path / "out"
+    source = tiny.directory("llama-gqa")
+    assert care_main("convert", source, out, "--for", engine, "--calibration", text_file, *SAMPLES).code == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == [f"{architecture}ForCausalLM"]
+
+
+def test_an_engine_and_another_format_are_refused(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--for", "vllm", "--format", "native")
+    assert_refused(outcome, "--for vllm needs --format deepseek", out)
+
+
 def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:
     """All recipes by default; a row that cannot be had says why; the JSON has every number of the table."""
     source = tiny.directory("llama-gqa")
     options = ("--calibration", text_file, *SAMPLES, "--text", text_file, "--window", 32, "--windows", 2)
     table = care_main("compare", source, "--kv-budgets", "0.5,0.25", *options, "--json", "-").json
     assert len(table["rows"]) == 2 * len(recipe_names())
-    assert {row["recipe"] for row in table["rows"] if "refused" in row} == {"best-deepseek", "care-mla", "transmla"}
+    assert {row["recipe"] for row in table["rows"] if "refused" in row} == {"care-mla", "transmla"}
     for row in table["rows"]:
         if "refused" not in row:
             assert row["cache_values_per_token"] == row["kv_budget"] * 32 * 3

@@ -19,7 +19,7 @@ import pytest
 import care.cli
 import care.conversion
 import care.output
-import care.plan
+import care.statistics
 from tiny import NUM_WINDOWS, WINDOW, TinyModels
 
 SAMPLES = ("--samples", str(NUM_WINDOWS), "--length", str(WINDOW), "--context", str(2 * WINDOW))
@@ -137,7 +137,7 @@ def test_another_run_starts_afresh(tiny: TinyModels, tmp_path: Path, text_file: 
 
     def prepare() -> None:
         if change == "version":
-            care.conversion.__version__ = "0.0.0"
+            care.statistics.__version__ = "0.0.0"
 
     if change == "source":
         os.utime(source / "model.safetensors", ns=(1, 1))
@@ -158,9 +158,10 @@ def test_remains_without_a_description_are_replaced(tiny: TinyModels, tmp_path: 
     assert (code, "starting afresh" in said) == (0, True)
 
 
-def test_what_was_decided_is_not_decided_again(tiny: TinyModels, tmp_path: Path, text_file: Path) -> None:
-    """Neither statistics nor folding nor ranks, once a layer is written."""
-    options = ("--recipe", "transmla", "--format", "native", "--calibration", text_file, *SAMPLES)
+@pytest.mark.parametrize("recipe", ["transmla", "best-deepseek", "care-e"])
+def test_what_was_decided_is_not_decided_again(tiny: TinyModels, tmp_path: Path, text_file: Path, recipe: str) -> None:
+    """Neither statistics nor folding nor rope dims nor ranks, once a layer is written."""
+    options = ("--recipe", recipe, "--calibration", text_file, *SAMPLES, "--kv-budget", 0.625)
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run_care(tmp_path, "convert", tiny.directory("llama-gqa"), whole, *options)[0] == 0
 
@@ -175,7 +176,7 @@ def test_what_was_decided_is_not_decided_again(tiny: TinyModels, tmp_path: Path,
         care.output.save_tensors = save
 
     def refuse_to_decide() -> None:
-        care.plan.choose_folding = care.plan._allocate = care.conversion.Collection = None  # type: ignore[assignment]
+        care.conversion.plan_conversion = care.statistics.Collection = None  # type: ignore[assignment]
 
     arguments = ("convert", tiny.directory("llama-gqa"), out, *options)
     assert run_care(tmp_path, *arguments, prepare=kill_in_the_second_layer)[0] == -signal.SIGKILL

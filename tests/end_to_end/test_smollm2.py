@@ -42,7 +42,7 @@ def source() -> Source:
 def test_full_budget_is_lossless_in_the_sources_cache(source: Source) -> None:
     """Every rotary pair of three key heads as a slot, and the whole value latent."""
     plan = plan_conversion(source, load_recipe("care-mla", format="native"), 1.0, None, dtype=torch.float32)
-    modules = build_attention([factors.latent for factors in convert_layers(plan)], plan.target)
+    modules = build_attention([layer.latent for layer in convert_layers(plan)], plan.target)
     tokens = source.tokens(TEXT)[None, :NUM_TOKENS]
     assert tokens.shape[1] == NUM_TOKENS
     with torch.inference_mode():

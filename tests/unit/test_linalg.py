@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from care.linalg import output_moment, principal_outputs, shrink, weighted_error
+from care.linalg import output_moment, principal_outputs, shrink
 from tiny import random_inputs
 from tolerances import assert_close, assert_numbers
 
@@ -69,11 +69,3 @@ def test_shrink_is_the_documented_blend() -> None:
     assert_close(shrink(moment_DD, 1.0), mean * torch.eye(D, dtype=torch.float64), "fp64")
     expected_DD = 0.99 * moment_DD + 0.01 * mean * torch.eye(D, dtype=torch.float64)
     assert_close(shrink(moment_DD, 0.01), expected_DD, "fp64")
-
-
-def test_weighted_error_is_the_mean_square_of_lost_outputs() -> None:
-    weight_MD, x_TD = problem()
-    other_MD = weight_MD + torch.randn(M, D, dtype=torch.float64)
-    lost = (x_TD @ (weight_MD - other_MD).T).square().sum(1).mean()
-    moment_DD = x_TD.T @ x_TD / len(x_TD)
-    assert_numbers(weighted_error(weight_MD, other_MD, moment_DD), float(lost), "fp64")

@@ -111,7 +111,7 @@ def test_one_slot_per_frequency_is_a_table_of_the_fastest(dims: int) -> None:
 
 
 def test_impossible_dims_are_refused() -> None:
-    bad: tuple[dict[str, Any], ...] = ({"dims": 3}, {"dims": -2}, {"one_per_frequency": True})
+    bad: tuple[dict[str, Any], ...] = ({"dims": 3}, {"dims": -2})
     for options in bad:
         with pytest.raises(InvalidRecipe, match=r"rope\."):
             MeanPhase(**options)

@@ -9,6 +9,7 @@ from care.allocation import Greedy, Threshold, Uniform
 from care.errors import InvalidRecipe
 from care.factorization import Asvd, Svd, TwoSided, Whitened
 from care.recipe import Recipe, load_recipe, parse_recipe, recipe_names
+from care.refit import Ridge
 from care.rope_split import KeepAll, MeanPhase, RoRope
 
 SHIPPED: dict[str, tuple[Any, ...]] = {
@@ -27,7 +28,7 @@ SHIPPED: dict[str, tuple[Any, ...]] = {
 }
 """What each paper's method, and each of our own, comes to."""
 
-SPLITS = {"best": MeanPhase(), "best-deepseek": MeanPhase(dims=48, one_per_frequency=True)}
+SPLITS = {"best": MeanPhase(), "best-deepseek": MeanPhase(one_per_frequency=True)}
 """Rope splits other than TransMLA's."""
 
 
@@ -47,6 +48,7 @@ def test_shipped_recipes_are_their_papers(name: str) -> None:
     assert (recipe.mode, recipe.format, recipe.factorization, recipe.allocation) == SHIPPED[name]
     if recipe.mode == "absorbed":
         assert recipe.rope == SPLITS.get(name, RoRope(dims=64, folding="auto"))
+    assert recipe.refit == (Ridge() if name.startswith("best") else None)
 
 
 def test_a_file_is_read_whole(tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def test_prefix_at_full_rank_changes_nothing(tiny: TinyModels, tmp_path: Path) -
     source = tiny.source("llama-gqa")
     plan = plan_conversion(source, load_recipe("svd-llm"), 1.0, tiny.calibration("llama-gqa"), dtype=torch.float32)
     prefix = Prefix(source, plan.target, Ridge(tokens=0), tiny.calibration("llama-gqa").windows_BT, tmp_path)
-    for index, factors in enumerate(convert_layers(plan)):
-        fitted = prefix.fitted(index, factors.latent)
-        assert_close(fitted.out_DHV, factors.latent.out_DHV, "fp32 attention")
+    for index, layer in enumerate(convert_layers(plan)):
+        fitted = prefix.fitted(index, layer.latent)
+        assert_close(fitted.out_DHV, layer.latent.out_DHV, "fp32 attention")
 
 
 def test_refit_brings_the_first_layers_residual_stream_nearer(tiny: TinyModels, tmp_path: Path) -> None:

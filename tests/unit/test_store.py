@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from care.calibration import Calibration, is_calibration, load_calibration
-from care.conversion import STATISTICS, CalibrationRequest, calibrate
 from care.errors import BadInput
+from care.statistics import STATISTICS, CalibrationRequest, calibrate
 from tiny import NUM_WINDOWS, WINDOW, TinyModels
 
 

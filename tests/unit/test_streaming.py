@@ -8,11 +8,12 @@ import torch
 
 from care.calibration import DecoderLayers, Stream, WholeModel
 from care.calibration.layers import HEAD
-from care.conversion import CalibrationRequest, calibrate, convert
+from care.conversion import convert
 from care.modeling.streaming import StreamedWeights
 from care.plan import plan_conversion
 from care.recipe import load_recipe
 from care.source import Source, open_source
+from care.statistics import CalibrationRequest, calibrate
 from tiny import NUM_WINDOWS, TINY, WINDOW, TinyModels, collected, random_tokens, save_tokenizer
 
 SEED = 11

@@ -5,7 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from care.allocation import Threshold
+from care.allocation import Threshold, predicted_loss
+from care.errors import InvalidRecipe
 from tolerances import TOLERANCES
 
 Layers = list[dict[int, tuple[float, torch.Tensor]]]
@@ -59,3 +60,35 @@ def test_ranks_alone_are_the_largest_energies(seed: int) -> None:
     certain = sum(float(s[0]) for s in spectra)
     others = torch.cat([s[1:] for s in spectra]).sort(descending=True).values[: 17 - 4]
     assert abs(kept - certain - float(others.sum())) <= TOLERANCES["fp64"].absolute
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("multiple", [2, 3])
+def test_multiples_are_kept_and_nothing_in_multiples_is_better_at_their_prices(seed: int, multiple: int) -> None:
+    layers = [{n: choice for n, choice in layer.items() if 2 * n % multiple == 0} for layer in random_layers(seed)]
+    optimal = 0
+    for budget in range(3 * multiple, 19):
+        chosen = Threshold(multiple=multiple).choose(layers, budget)
+        full = [len(layer[n][1]) for layer, (n, _) in zip(layers, chosen, strict=True)]
+        assert all(r % multiple == 0 or r == most for (_, r), most in zip(chosen, full, strict=True))
+        assert sum(2 * n + r for n, r in chosen) <= budget
+        options = [
+            [(n, r) for n, (_, e) in layer.items() for r in {*range(multiple, len(e), multiple), len(e)}]
+            for layer in layers
+        ]
+        least = min(loss(layers, list(c)) for c in product(*options) if sum(2 * n + r for n, r in c) <= budget)
+        optimal += predicted_loss(layers, chosen) <= least + TOLERANCES["fp64"].absolute
+    assert optimal >= 3
+
+
+def test_slot_counts_keep_rotary_dims_in_multiples() -> None:
+    assert list(Threshold(slot_step=4).slot_counts(12)) == [0, 4, 8, 12]
+    assert list(Threshold(slot_step=1, multiple=8).slot_counts(12)) == [0, 4, 8, 12]
+    assert list(Threshold(slot_step=4, multiple=16).slot_counts(24)) == [0, 8, 16, 24]
+    assert list(Threshold(slot_step=4, multiple=2).slot_counts(8)) == [0, 4, 8]
+
+
+def test_impossible_steps_are_refused() -> None:
+    for bad in ({"slot_step": 0}, {"multiple": 0}):
+        with pytest.raises(InvalidRecipe, match=r"allocation\."):
+            Threshold(**bad)

@@ -45,7 +45,7 @@ class Threshold:
 
     def slot_counts(self, most: int) -> range:
         """Numbers of rope slots to try, from none to `most`."""
-        return range(0, most + 1, math.lcm(self.slot_step, self.multiple) // math.gcd(2, self.multiple))
+        return range(0, most + 1, math.lcm(self.slot_step, self.multiple // math.gcd(2, self.multiple)))
 
     def __call__(self, spectra: Sequence[Tensor], caps: Sequence[int], budget: int) -> tuple[int, ...]:
         """Ranks alone: the largest squared singular values of all layers together."""
@@ -53,7 +53,7 @@ class Threshold:
         return tuple(rank for _, rank in self.choose(choices, budget))
 
     def choose(self, layers: Layers, budget: int) -> list[tuple[int, int]]:
-        """(slots, rank) per layer, with widths 2 * slots + rank that add up to the budget, or as near as multiples come.
+        """(slots, rank) per layer; widths 2 * slots + rank add up to the budget, or as near as multiples come.
 
         Each layer maps a number of slots to the loss of the dropped rotations and the latent's squared
         singular values, descending. The caller ensures that the budget can be met.

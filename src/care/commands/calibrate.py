@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from ..conversion import STATISTICS, CalibrationRequest, calibrate, describe_run
 from ..output import DirectoryWriter, check_output_free
 from ..recipe import load_recipe
 from ..source import open_source
+from ..statistics import STATISTICS, CalibrationRequest, calibrate, describe_run
 from .console import calibration_options, device_option, emit, json_option, parse_list, rich_track, say, working
 
 

@@ -5,23 +5,37 @@ from pathlib import Path
 
 import click
 
-from ..conversion import DTYPES, CalibrationRequest, run_conversion
+from ..conversion import DTYPES, run_conversion
+from ..errors import InvalidRecipe
 from ..formats import FORMATS
 from ..output import check_output_free
 from ..plan import at_budget, check_request
 from ..recipe import load_recipe
 from ..source import open_source
+from ..statistics import CalibrationRequest
 from ..types import MODES, Mode
 from .console import calibration_options, device_option, dtype_option, emit, json_option, rich_track, say, working
 from .profile import profile_text
 
-DEFAULT_RECIPE = "best"
+ENGINES = {"anything": "best", "transformers": "best-deepseek", "vllm": "best-deepseek", "llama.cpp": "best-deepseek"}
+"""Where a result can be meant to run, and the recipe for it; all but "anything" run it with no code of ours."""
+
+STOCK_FORMAT = "deepseek"
+"""What stock engines read."""
 
 
 @click.command()
 @click.argument("model", metavar="SRC")
 @click.argument("out_dir", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--recipe", "recipe_name", default=DEFAULT_RECIPE, show_default=True, help="Recipe name or FILE.toml.")
+@click.option("--recipe", "recipe_name", help="Recipe name or FILE.toml; default: the best one for --for.")
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(list(ENGINES)),
+    default="anything",
+    show_default=True,
+    help="Where the result will run: picks recipe and format.",
+)
 @click.option("--kv-budget", default=0.5, show_default=True, help="Kept share of the source's cache, in (0, 1].")
 @click.option("--calibration", default="python-help", show_default=True, help="Text FILE or NAME, or saved STATS.")
 @calibration_options
@@ -33,7 +47,8 @@ DEFAULT_RECIPE = "best"
 def command(
     model: str,
     out_dir: Path,
-    recipe_name: str,
+    recipe_name: str | None,
+    engine: str,
     kv_budget: float,
     calibration: str,
     samples: int,
@@ -51,7 +66,11 @@ def command(
     A run that was stopped is continued by the same command.
     """
     check_output_free(out_dir)
-    recipe = at_budget(load_recipe(recipe_name, mode=mode, format=format_name), kv_budget)
+    if engine != "anything":
+        if format_name not in (None, STOCK_FORMAT) or mode not in (None, "absorbed"):
+            raise InvalidRecipe(f"--for {engine} needs --format {STOCK_FORMAT} in absorbed mode; leave the option out")
+        format_name = STOCK_FORMAT
+    recipe = at_budget(load_recipe(recipe_name or ENGINES[engine], mode=mode, format=format_name), kv_budget)
     source = open_source(model, device)
     wanted = DTYPES[dtype] if dtype else None
     with working(f"loading {model}"):

@@ -1,16 +1,29 @@
 """care eval: perplexity, distance to a reference, and the live cache of any model."""
 
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ..calibration import first_windows, load_text
 from ..conversion import DTYPES
-from ..evaluation import CacheUse, Quality, live_cache, measure
+from ..evaluation import CacheUse, Quality, TaskScore, live_cache, load_task, measure, score
 from ..modeling.loading import load_model, load_tokenizer, locate, logits, tokenize
-from .console import device_option, dtype_option, emit, json_option, rich_track, table, text_options, working
+from .console import (
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    parse_list,
+    rich_track,
+    table,
+    text_options,
+    working,
+)
 
+TASK_COLUMNS = ("model", "task", "rows", "acc", "± se", "acc_norm", "± se")
 COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
 
 
@@ -18,6 +31,8 @@ COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
 @click.argument("model")
 @click.option("--against", metavar="SRC", help="Reference model: adds KL(SRC || MODEL) and top-1 agreement.")
 @text_options
+@click.option("--tasks", help="Comma-separated .jsonl(.gz) files of multiple-choice rows: adds acc and acc_norm.")
+@click.option("--rows", default=500, show_default=True, help="Rows of each task, from its start.")
 @dtype_option
 @device_option
 @json_option
@@ -27,11 +42,14 @@ def command(
     text: str,
     window: int,
     windows: int,
+    tasks: str | None,
+    rows: int,
     dtype: str | None,
     device: str,
     json_file: str | None,
 ) -> None:
     """Measure MODEL, converted or not, on a text."""
+    questions = {Path(name): load_task(Path(name), rows) for name in parse_list(tasks, "--tasks")} if tasks else {}
     names = [name for name in (against, model) if name is not None]
     locations = {name: locate(name) for name in names}
     tokenizer = load_tokenizer(locations[names[0]])
@@ -42,12 +60,32 @@ def command(
     runs = {name: partial(logits, loaded) for name, loaded in models.items()}
     quality = measure(runs, windows_BT, reference=against, track=rich_track)
     cache = {name: live_cache(loaded) for name, loaded in models.items()}
+    scores = {
+        name: {path: score(runs[name], tokenizer, asked, track=rich_track, label=f"{path.name} by {name}")
+               for path, asked in questions.items()}
+        for name in names
+    }  # fmt: skip
     result = {
         "text": text, "window": window, "windows": windows,
-        "models": {name: quality_record(quality[name], cache[name]) for name in names},
+        "models": {
+            name: quality_record(quality[name], cache[name])
+            | ({"tasks": {path.name: asdict(s) for path, s in scores[name].items()}} if tasks else {})
+            for name in names
+        },
     }  # fmt: skip
-    rows = [quality_row(name, quality[name], cache[name]) for name in names]
-    emit(result, json_file, table(f"{text}: {windows} windows of {window} tokens", COLUMNS, rows))
+    lines = [quality_row(name, quality[name], cache[name]) for name in names]
+    shown = [table(f"{text}: {windows} windows of {window} tokens", COLUMNS, lines)]
+    if tasks:
+        answers = [(name, path.name, *_task_row(s)) for name in names for path, s in scores[name].items()]
+        shown.append(table("tasks", TASK_COLUMNS, answers))
+    emit(result, json_file, *shown)
+
+
+def _task_row(s: TaskScore) -> tuple[str, ...]:
+    """Percentages with standard errors."""
+    norm = "-" if s.acc_norm is None else f"{s.acc_norm:.1%}"
+    norm_error = "-" if s.acc_norm_error is None else f"{s.acc_norm_error:.1%}"
+    return (str(s.rows), f"{s.acc:.1%}", f"{s.acc_error:.1%}", norm, norm_error)
 
 
 def quality_record(quality: Quality, cache: CacheUse) -> dict[str, Any]:

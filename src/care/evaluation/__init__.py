@@ -3,5 +3,16 @@
 from .cache import CacheUse, live_cache
 from .generation import generate_text
 from .quality import Quality, measure
+from .tasks import Row, TaskScore, load_task, score
 
-__all__ = ["CacheUse", "Quality", "generate_text", "live_cache", "measure"]
+__all__ = [
+    "CacheUse",
+    "Quality",
+    "Row",
+    "TaskScore",
+    "generate_text",
+    "live_cache",
+    "load_task",
+    "measure",
+    "score",
+]

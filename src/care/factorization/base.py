@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..linalg import Root, output_energies, principal_outputs, symmetric_root, weighted_error
+from ..linalg import Root, output_energies, output_moment, principal_outputs, symmetric_root
 from ..types import AttentionWeights, KeySplit, LatentAttention, LayerRanks, LayerStats
 
 
@@ -51,12 +51,23 @@ class Factorizer(Protocol):
 
 
 @dataclass(frozen=True)
+class Lost:
+    """What an approximation leaves out: the root of the share of the outputs' energy, in the input metric.
+
+    `loss` is the energy left out in the output metric too, in the method's units; None where that is the identity.
+    """
+
+    error: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class Factors:
-    """A factorized layer and how much of keys and values it leaves out, relative, in the input metric."""
+    """A factorized layer and what it leaves out of keys and of values."""
 
     latent: LatentAttention
-    key_error: float
-    value_error: float
+    keys: Lost
+    values: Lost
 
 
 @dataclass(frozen=True)
@@ -132,10 +143,12 @@ def factorize(
         key_down, key_up, value_down, value_up = down_RX, up_MR[:M], down_RX, up_MR[M:]
     else:
         ((key_down, key_up), (value_down, value_up)) = solved
+    output_MM = method.output_metric(targets, stats)
+    key_part, value_part = (None, None) if output_MM is None else (output_MM[:M, :M], output_MM[M:, M:])
     return Factors(
         latent=_assemble(weights, split, torch.cat([down for down, _ in solved]), key_up, value_up),
-        key_error=_relative_error(targets.keys_MX, key_up @ key_down, targets.metric_XX),
-        value_error=_relative_error(targets.values_EX, value_up @ value_down, targets.metric_XX),
+        keys=_lost(targets.keys_MX, key_up @ key_down, targets.metric_XX, key_part),
+        values=_lost(targets.values_EX, value_up @ value_down, targets.metric_XX, value_part),
     )
 
 
@@ -157,9 +170,11 @@ def _assemble(
     )
 
 
-def _relative_error(exact_MX: Tensor, approximation_MX: Tensor, metric_XX: Tensor | None) -> float:
-    """Square root of the lost share of the outputs' energy; 0 for a map without rows."""
+def _lost(exact_MX: Tensor, approximation_MX: Tensor, metric_XX: Tensor | None, part_MM: Tensor | None) -> Lost:
+    """Measured from the matrices themselves; nothing for a map without rows."""
     if not exact_MX.shape[0]:
-        return 0.0
-    total = weighted_error(exact_MX, torch.zeros_like(exact_MX), metric_XX)
-    return (max(weighted_error(exact_MX, approximation_MX, metric_XX), 0.0) / total) ** 0.5 if total else 0.0
+        return Lost(0.0, None if part_MM is None else 0.0)
+    left_out_MM = output_moment(exact_MX - approximation_MX, metric_XX)
+    total = float(output_moment(exact_MX, metric_XX).trace())
+    error = (max(float(left_out_MM.trace()), 0.0) / total) ** 0.5 if total else 0.0
+    return Lost(error, None if part_MM is None else max(float((part_MM * left_out_MM).sum()), 0.0))

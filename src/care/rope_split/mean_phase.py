@@ -49,7 +49,7 @@ class MeanPhase:
     def frequencies(self, spec: AttentionSpec) -> tuple[float, ...] | None:
         """The fastest frequencies under the one-per-frequency rule, if all layers have one table; else unknown."""
         table = spec.shared_frequencies
-        return table[: self.dims // 2] if self.one_per_frequency and table else None
+        return table[: self.dims // 2 or None] if self.one_per_frequency and table else None
 
     def __call__(self, weights: AttentionWeights, stats: LayerStats | None) -> Slots:
         """Complex two-sided PCA per frequency, all directions sorted by the loss of their rotation."""
