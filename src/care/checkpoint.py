@@ -17,6 +17,10 @@ CONVERSION_NAME = "conversion.json"
 """Provenance file of a converted checkpoint, beside its config.json."""
 
 
+FINITE_CHUNK = 2**22
+"""Values that are looked at together: an answer for each of a large tensor's would be as much memory again."""
+
+
 class TensorReader(Protocol):
     """Named tensors of a checkpoint, read one at a time."""
 
@@ -39,7 +43,8 @@ class TensorReader(Protocol):
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself, or BadInput that names it when a value is NaN or Inf."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    parts = tensor.flatten().split(FINITE_CHUNK) if tensor.is_floating_point() else ()
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise BadInput(f"tensor {name} holds NaN or Inf; the source checkpoint is damaged, fetch it again")
     return tensor
 

@@ -12,6 +12,7 @@ import torch
 
 from .checkpoint import check_finite
 from .decisions import earlier_plan, save_plan
+from .estimate import conversion_bytes
 from .factorization import Factors, factorize
 from .formats import FORMATS
 from .output import CheckpointWriter, Say, check_output_free, check_space, unsaid, writing
@@ -133,7 +134,7 @@ def run_conversion(
 ) -> Report:
     """Calibrate, plan and convert; what a killed run of the same description has done is not done again."""
     check_output_free(out_dir)
-    check_space(out_dir, source.reader.num_bytes())
+    check_space(out_dir, conversion_bytes(source, recipe, request, dtype or source.dtype))
     run = {
         **describe_run(source, request),
         "recipe": recipe.digest(), "kv_budget": kv_budget, "dtype": str(dtype or source.dtype),

@@ -36,10 +36,16 @@ def check_output_free(out_dir: Path) -> None:
         raise BadInput(f"output {out_dir} is not empty; name a new directory or remove it")
 
 
+def partial_of(out_dir: Path) -> Path:
+    """Where an output is while it is not complete."""
+    return out_dir.absolute().with_name(out_dir.absolute().name + ".partial")
+
+
 def check_space(out_dir: Path, num_bytes: int) -> None:
-    """Refuse to start when the disk cannot hold the output."""
+    """Refuse to start when the disk cannot hold the output, beside what is there of it."""
     parent = next(p for p in out_dir.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
+    free += sum(file.stat().st_size for file in partial_of(out_dir).rglob("*") if file.is_file())
     if free < num_bytes:
         raise BadInput(f"{parent} has {free / 1e9:.1f} GB free, the output needs {num_bytes / 1e9:.1f} GB")
 
@@ -81,7 +87,7 @@ class DirectoryWriter:
 
     def __init__(self, out_dir: Path, run: Mapping[str, Any] | None = None, say: Say = unsaid) -> None:
         self.out_dir = out_dir.absolute()
-        self.partial = self.out_dir.with_name(self.out_dir.name + ".partial")
+        self.partial = partial_of(out_dir)
         self.result, self.work = self.partial / "result", self.partial / "work"
         self._run = None if run is None else json.loads(json.dumps(run))
         self._say = say

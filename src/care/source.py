@@ -65,7 +65,7 @@ class Source:
         """The checkpoint's tensors; those of a GGUF file are de-quantized by loading the model."""
         if self.location.gguf_file is None:
             reader: TensorReader = SafetensorsReader(self.location.directory)
-            self.architecture.check_tensors(reader, self.spec, expected_shapes(self.location))
+            self.architecture.check_tensors(reader, self.spec, self.expected_shapes)
         else:
             reader = StateReader(self.model.state_dict())
         return reader
@@ -97,6 +97,17 @@ class Source:
     def carried(self, index: int) -> Carried:
         """What a layer computes beside its linear maps."""
         return self.architecture.read_carried(self.reader, index, self.spec)
+
+    @cached_property
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that the config promises."""
+        return expected_shapes(self.location)
+
+    @property
+    def stated_dtype(self) -> torch.dtype:
+        """What the config says that weights are stored in; fp32 where it says nothing, as transformers does."""
+        stated = self.config.get("dtype") or self.config.get("torch_dtype")
+        return getattr(torch, str(stated).removeprefix("torch."), torch.float32)
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ LAYERS = (
     {
         "prefix",
         "decisions",
+        "estimate",
         "statistics",
         "recipe",
         "source",

@@ -446,11 +446,43 @@ def test_inspect(tiny: TinyModels, care_main: Run) -> None:
         "cache_width_per_layer": 32, "formats": "deepseek: yes, native: yes",
     }  # fmt: skip
     assert {key: facts[key] for key in expected} == expected
+    assert facts["parameters"] == sum(p.numel() for p in tiny.source_model("llama-gqa").parameters())
     half = next(row for row in facts["cache"] if row["kept"] == 0.5)
     assert (half["values_per_token"], half["bytes_per_token"]) == (48, 96)
     assert half["gib_at_32k"] == 96 * 32768 / 2**30
     refused = care_main("inspect", tiny.directory("mistral-window"), "--json", "-").json["formats"]
     assert "deepseek: no (format deepseek has no sliding window" in refused
+
+
+LLAMA_70B = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_a_config_alone_is_planned(care_main: Run, tmp_path: Path) -> None:
+    """Of a 70B model: its parameters, its cache on several GPUs, and what converting takes; nothing is written."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(LLAMA_70B))
+    facts = care_main("inspect", source, "--json", "-").json
+    assert facts["parameters"] == 70553706496
+    own, half = facts["cache"][0], next(row for row in facts["cache"] if row["kept"] == 0.5)
+    assert (own["values_per_token"], half["values_per_token"]) == (80 * 2048, 80 * 1024)
+    assert own["gib_at_32k_per_gpu"]["8"] == own["gib_at_32k"] / 8
+    assert half["gib_at_32k_per_gpu"]["8"] == half["gib_at_32k"] == own["gib_at_32k"] / 2
+    plan = care_main("convert", source, out, "--dry-run", "--kv-budget", "0.25", "--json", "-").json
+    assert [row["values_per_token"] for row in plan["cache"]] == [80 * 2048, 80 * 512]
+    assert plan["effort"]["disk_bytes"] > 2 * 70553706496
+    assert 855654400 * 4 < plan["effort"]["memory_bytes"] < 16e9
+    assert plan["effort"]["seconds"] > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    shown = care_main("convert", source, out, "--dry-run").stdout
+    assert "TP 8" in shown
+    assert "peak memory" in shown
+    refused = care_main("convert", source, out, "--dry-run", "--kv-budget", "1.0", "--format", "deepseek")
+    assert_refused(refused, "--format native", out)
 
 
 def test_convert_inspect_eval_generate(tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from ..output import DirectoryWriter, check_output_free
+from ..estimate import calibration_bytes
+from ..output import DirectoryWriter, check_output_free, check_space
 from ..recipe import load_recipe
 from ..source import open_source
 from ..statistics import STATISTICS, CalibrationRequest, calibrate, describe_run
@@ -44,6 +45,7 @@ def command(
     with working(f"loading {model}"):
         _ = source.reader
     request = CalibrationRequest(text, samples, length, seed, context)
+    check_space(stats, calibration_bytes(source, needs, request))
     with DirectoryWriter(stats, {**describe_run(source, request), "recipes": sorted(needs)}, say) as writer:
         result = calibrate(source, request, needs, directory=writer.result, track=rich_track)
     info = asdict(result.info)

@@ -16,6 +16,7 @@ from ..statistics import CalibrationRequest
 from ..types import MODES, Mode
 from .console import calibration_options, device_option, dtype_option, emit, json_option, rich_track, say, working
 from .profile import profile_text
+from .prospect import emit_prospect
 
 ENGINES = {"anything": "best", "transformers": "best-deepseek", "vllm": "best-deepseek", "llama.cpp": "best-deepseek"}
 """Where a result can be meant to run, and the recipe for it; all but "anything" run it with no code of ours."""
@@ -41,6 +42,7 @@ STOCK_FORMAT = "deepseek"
 @calibration_options
 @click.option("--mode", type=click.Choice(MODES), help="Override the recipe's mode (the format becomes native).")
 @click.option("--format", "format_name", type=click.Choice(list(FORMATS)), help="Override the recipe's format.")
+@click.option("--dry-run", is_flag=True, help="Show what it would take and give, from the config alone.")
 @dtype_option
 @device_option
 @json_option
@@ -57,6 +59,7 @@ def command(
     context: int,
     mode: Mode | None,
     format_name: str | None,
+    dry_run: bool,
     dtype: str | None,
     device: str,
     json_file: str | None,
@@ -73,9 +76,13 @@ def command(
     recipe = at_budget(load_recipe(recipe_name or ENGINES[engine], mode=mode, format=format_name), kv_budget)
     source = open_source(model, device)
     wanted = DTYPES[dtype] if dtype else None
+    request = CalibrationRequest(calibration, samples, length, seed, context)
+    if dry_run:
+        check_request(source, recipe, kv_budget, wanted or source.stated_dtype)
+        emit_prospect(source, recipe, kv_budget, request, wanted, json_file)
+        return
     with working(f"loading {model}"):
         check_request(source, recipe, kv_budget, wanted)
-    request = CalibrationRequest(calibration, samples, length, seed, context)
     report = asdict(
         run_conversion(source, recipe, kv_budget, request, out_dir, dtype=wanted, track=rich_track, say=say)
     )
