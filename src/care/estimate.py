@@ -107,7 +107,7 @@ def estimate(
 def _memory(source: Source, sizes: Sizes, recipe: Recipe) -> int:
     """The largest of the steps: a part of the model in fp32 beside its mapped shard, and what is computed with it.
 
-    The last step is writing the largest shard, which is in memory as it was read and as it is written.
+    The last step is writing the largest shard, whose tensors are mapped from those of the source.
     """
     spec, each = source.spec, FP32 + sizes.bytes_each
     moments = MOMENTS_HELD * FP64 * spec.feature_width**2
@@ -117,7 +117,7 @@ def _memory(source: Source, sizes: Sizes, recipe: Recipe) -> int:
         each * sizes.embeddings,
         each * sizes.layer + moments + running if recipe.needs else moments,
         each * sizes.head + logits if logits else 0,
-        2 * sizes.bytes_each * max(sizes.layer, sizes.total - sizes.layers),
+        moments + sizes.bytes_each * max(sizes.layer, sizes.total - sizes.layers),
     ]
     return IMPORTS_BYTES + max(steps)
 

@@ -31,7 +31,11 @@ def eager_model(tiny: TinyModels, name: str) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_moments_are_autograds(tiny: TinyModels, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same draw of labels, and gradients at what transformers' attention is given, rotated back."""
+    """The same draw of labels, and gradients at what transformers' attention is given, rotated back.
+
+    Over two batches, in the order of which labels are drawn.
+    """
+    monkeypatch.setattr("care.calibration.streams.BATCH_TOKENS", 40)
     source, tokens = tiny.source(name), random_tokens(20, batch=3)
     model = eager_model(tiny, name)
     layers = DecoderLayers(model, source.layer_paths, WholeModel())
@@ -46,7 +50,9 @@ def test_gradient_moments_are_autograds(tiny: TinyModels, name: str, monkeypatch
 
     monkeypatch.setattr(home, "eager_attention_forward", watched)
     logp_NV = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-    labels = torch.multinomial(logp_NV.detach().exp(), 1, generator=torch.Generator().manual_seed(SEED))
+    generator = torch.Generator().manual_seed(SEED)
+    drawn = [torch.multinomial(part_NV.detach().exp(), 1, generator=generator) for part_NV in logp_NV.split(40)]
+    labels = torch.cat(drawn)
     flat = [tensor for pair in given for tensor in pair]
     gradients = torch.autograd.grad(logp_NV.gather(1, labels).sum(), flat)
     for layer, stats in enumerate(found):

@@ -138,3 +138,4 @@ def test_a_stream_that_stops_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         stream.write(batches())
     assert not stream.exists
+    assert not stream.path.exists()

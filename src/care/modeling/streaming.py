@@ -16,6 +16,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from ..calibration.layers import EMBEDDINGS, HEAD
 from ..checkpoint import TensorReader
@@ -72,10 +73,23 @@ class StreamedWeights:
         conversion: Any = get_model_conversion_mapping(self.model)
         config = LoadStateDictConfig(dtype=torch.float32, device_map={"": self._device}, weight_mapping=conversion)
         tensors = {name: self._reader.read(name) for name in self._names[part]}
-        report, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        with _no_progress_bar():
+            report, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         if report.conversion_errors or report.mismatched_keys or report.unexpected_keys:
             raise BadInput(f"the tensors of {part} do not fit the model of config.json: {report}")
         if part == HEAD:
             self.model.tie_weights()
         for parameter in self.model.parameters():
             parameter.requires_grad = False
+
+
+@contextmanager
+def _no_progress_bar() -> Generator[None]:
+    """Without transformers' bar for every layer; who runs layers shows progress over all of them."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
