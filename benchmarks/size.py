@@ -129,13 +129,14 @@ def main() -> None:
     config = json.loads((options.config / "config.json").read_text()) if options.config else LLAMA_8B
     pairs = [(layers, options.tokens[0]) for layers in options.layers]
     pairs += [(options.layers[-1], tokens) for tokens in options.tokens[1:]]
-    with tempfile.TemporaryDirectory() as work:
-        rows = [row(config, layers, tokens, options.recipe, Path(work)) for layers, tokens in pairs]
-    result = {
+    result: dict[str, Any] = {
         "care": version("care-mla"), "torch": version("torch"), "machine": platform.machine(), "cores": os.cpu_count(),
-        "threads": 1, "recipe": options.recipe, "config": config, "rows": rows,
+        "threads": 1, "recipe": options.recipe, "config": config, "rows": [],
     }  # fmt: skip
-    options.result.write_text(json.dumps(result, indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as work:
+        for layers, tokens in pairs:
+            result["rows"].append(row(config, layers, tokens, options.recipe, Path(work)))
+            options.result.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
