@@ -7,6 +7,7 @@ The rows alternate `ROUNDS` times, so that a noisy machine disturbs both; median
 """
 
 import json
+import math
 import os
 import platform
 import resource
@@ -22,7 +23,7 @@ import torch
 
 from care import CalibrationRequest, __version__, calibrate, convert, load_recipe, open_source, plan_conversion
 from care.calibration import load_text, sampled_windows
-from care.calibration.moments import BATCH_TOKENS
+from care.calibration.streams import BATCH_TOKENS
 from care.source import Source
 
 ROUNDS = 2
@@ -63,10 +64,12 @@ ROWS = {"forward": forward_passes, "convert": conversion}
 def run_row(row: str, source_name: str, text: str) -> None:
     """One row in this process; the result goes to stdout as JSON."""
     source = open_source(source_name)
-    _ = source.reader, source.model, source.tokenizer
+    _ = source.reader, source.tokenizer
+    if row == "forward":
+        _ = source.model
     seconds = ROWS[row](source, text)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model = sum(p.numel() * p.element_size() for p in source.model.parameters())
+    model = 4 * sum(math.prod(source.reader.shape(name)) for name in source.reader.names())
     print(json.dumps({"seconds": seconds, "peak_bytes": peak, "model_bytes": model}))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +14,14 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from care.calibration import Calibration
-from care.conversion import STATISTICS, CalibrationRequest, calibrate, convert
+from care.calibration import Calibration, Collection, Observed, Wanted
+from care.calibration.store import layer_name, read_layer
+from care.conversion import convert
 from care.modeling.loading import Location, load_model
 from care.plan import Plan, plan_conversion
 from care.recipe import load_recipe
 from care.source import Source, open_source
+from care.statistics import STATISTICS, CalibrationRequest, calibrate
 from care.types import AttentionWeights, LayerStats, Mode
 
 Made = TypeVar("Made")
@@ -221,6 +224,15 @@ def attention_passes(model: Any, tokens_BT: Tensor) -> list[Passed]:
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def collected(
+    model: Observed, windows_BT: Tensor, contexts_BT: Tensor | None = None, seed: int | None = None
+) -> list[LayerStats]:
+    """Statistics of every layer, through a directory that is gone afterwards."""
+    with TemporaryDirectory() as directory:
+        Collection(model, Wanted(windows_BT, contexts_BT, seed), Path(directory)).run()
+        return [read_layer(Path(directory) / layer_name(index)) for index in range(len(model.layers))]
 
 
 def random_text(length: int, seed: int = 0) -> str:

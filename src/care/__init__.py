@@ -11,14 +11,15 @@ from .errors import BadInput, CareError, InvalidRecipe, UnsupportedModel
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .conversion import CalibrationRequest, Report, calibrate, convert
+    from .conversion import Report, convert
     from .modeling.native import register
     from .plan import Plan, plan_conversion
     from .recipe import Recipe, load_recipe, recipe_names
     from .source import Source, open_source
+    from .statistics import CalibrationRequest, calibrate
 
 _HOMES = {
-    "CalibrationRequest": "conversion", "Plan": "plan", "Report": "conversion", "calibrate": "conversion",
+    "CalibrationRequest": "statistics", "Plan": "plan", "Report": "conversion", "calibrate": "statistics",
     "convert": "conversion", "plan_conversion": "plan", "register": "modeling.native", "Recipe": "recipe",
     "load_recipe": "recipe", "recipe_names": "recipe", "Source": "source", "open_source": "source",
 }  # fmt: skip

@@ -1,17 +1,12 @@
-"""Reading tensors lazily from a checkpoint, and writing one that can never look finished when it is not."""
+"""Reading tensors lazily from a checkpoint."""
 
-import errno
 import json
-import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import BadInput
@@ -20,6 +15,10 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONVERSION_NAME = "conversion.json"
 """Provenance file of a converted checkpoint, beside its config.json."""
+
+
+FINITE_CHUNK = 2**22
+"""Values that are looked at together: an answer for each of a large tensor's would be as much memory again."""
 
 
 class TensorReader(Protocol):
@@ -44,7 +43,8 @@ class TensorReader(Protocol):
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself, or BadInput that names it when a value is NaN or Inf."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    parts = tensor.flatten().split(FINITE_CHUNK) if tensor.is_floating_point() else ()
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise BadInput(f"tensor {name} holds NaN or Inf; the source checkpoint is damaged, fetch it again")
     return tensor
 
@@ -154,84 +154,8 @@ def _check_index(directory: Path, shard_of: Mapping[str, Path]) -> None:
             raise BadInput(f"tensor {name} is in {INDEX_NAME} but not in {shard}; fetch that shard again")
 
 
-def check_output_free(out_dir: Path) -> None:
-    """Refuse an output directory that already holds something."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise BadInput(f"output {out_dir} is not empty; name a new directory or remove it")
-
-
-def check_space(out_dir: Path, num_bytes: int) -> None:
-    """Refuse to start when the disk cannot hold the output."""
-    parent = next(p for p in out_dir.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes:
-        raise BadInput(f"{parent} has {free / 1e9:.1f} GB free, the output needs {num_bytes / 1e9:.1f} GB")
-
-
-@contextmanager
-def writing(path: Path) -> Generator[None]:
-    """Turn what the disk refuses into BadInput that names the file."""
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        full = "No space" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        raise BadInput(f"cannot write {path}: {'the disk is full; free some space' if full else error}") from error
-
-
-class DirectoryWriter:
-    """Writes into `OUT.partial` and renames it when complete; on any failure nothing is left behind."""
-
-    def __init__(self, out_dir: Path) -> None:
-        self.out_dir = out_dir.absolute()
-        self.partial = self.out_dir.with_name(self.out_dir.name + ".partial")
-
-    def __enter__(self) -> Self:
-        check_output_free(self.out_dir)
-        with writing(self.out_dir):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        if self.out_dir.exists():
-            self.out_dir.rmdir()
-        self.partial.rename(self.out_dir)
-
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """One safetensors file; BadInput when the disk is full."""
-        with writing(self.out_dir / name):
-            save_file({key: t.contiguous() for key, t in tensors.items()}, self.partial / name, dict(metadata))
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """One indented JSON file."""
-        with writing(self.out_dir / name):
-            (self.partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-class CheckpointWriter(DirectoryWriter):
-    """Writes a model as one shard per part, with the index last."""
-
-    def __init__(self, out_dir: Path, num_shards: int) -> None:
-        super().__init__(out_dir)
-        self._num_shards = num_shards
-        self._weight_map: dict[str, str] = {}
-        self._num_bytes = 0
-
-    def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Shard `number` (from 1) of a count that is known in advance."""
-        name = f"model-{number:05d}-of-{self._num_shards:05d}.safetensors"
-        self.write_tensors(name, tensors, {"format": "pt"})
-        self._weight_map |= dict.fromkeys(tensors, name)
-        self._num_bytes += sum(t.numel() * t.element_size() for t in tensors.values())
-
-    def finish(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Index, config and provenance: what makes the directory a checkpoint."""
-        index = {"metadata": {"total_size": self._num_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
-        self.write_json(INDEX_NAME, index)
-        self.write_json("config.json", config)
-        self.write_json(CONVERSION_NAME, provenance)
+def read_header(shard: Path) -> dict[str, tuple[int, int]]:
+    """Every tensor of a safetensors file, with its first byte and the one behind its last, from its header alone."""
+    with shard.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}

@@ -1,56 +1,31 @@
 """The main job: plan a conversion, then carry it out layer by layer."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from .calibration import (
-    Calibration,
-    CalibrationInfo,
-    collect_distances,
-    collect_gradients,
-    collect_moments,
-    first_windows,
-    is_calibration,
-    load_calibration,
-    load_text,
-    sampled_windows,
-)
-from .checkpoint import CheckpointWriter, check_finite, check_output_free, check_space, writing
-from .errors import BadInput
+from .checkpoint import check_finite
+from .decisions import earlier_plan, save_plan
+from .estimate import conversion_bytes
 from .factorization import Factors, factorize
 from .formats import FORMATS
-from .plan import Plan, split_keys
+from .output import CheckpointWriter, Say, check_output_free, check_space, unsaid, writing
+from .plan import Plan, plan_conversion, split_keys
 from .prefix import Prefix
 from .progress import Track, silent
+from .recipe import Recipe
 from .source import Source
+from .statistics import CalibrationRequest, calibrate, describe_run
 from .types import KeySplit, LatentAttention, LayerRanks
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-STATISTICS = frozenset({"inputs", "gradients", "distances"})
-"""Everything that calibration can collect."""
-
-
-@dataclass(frozen=True)
-class CalibrationRequest:
-    """What to calibrate on: a text by name or file and how much of it, or a directory of saved statistics.
-
-    Attention distances are taken on windows of `context` tokens from the start of the text, as long as the
-    contexts that will be served: `num_contexts` of them, fewer where the text is shorter.
-    """
-
-    text: str
-    num_windows: int = 128
-    window: int = 256
-    seed: int = 42
-    context: int = 1024
-    num_contexts: int = 8
 
 
 @dataclass(frozen=True)
@@ -93,41 +68,6 @@ class Report:
     layers: list[LayerReport]
 
 
-def calibrate(
-    source: Source,
-    request: CalibrationRequest,
-    needs: frozenset[str] = frozenset({"inputs"}),
-    *,
-    track: Track = silent,
-) -> Calibration:
-    """Statistics of every layer on windows sampled from the text, or saved ones, checked to fit the source."""
-    if is_calibration(Path(request.text)):
-        calibration = load_calibration(Path(request.text))
-        if calibration.info.fingerprint != source.fingerprint:
-            raise BadInput(f"{request.text} was calibrated on {calibration.info.source}, not on {source.name}")
-        return calibration
-    start = time.perf_counter()
-    tokens_T = source.tokens(load_text(request.text))
-    windows_BT = sampled_windows(tokens_T, request.window, request.num_windows, request.seed)
-    contexts_BT = None
-    if "distances" in needs:
-        num_contexts = max(min(request.num_contexts, len(tokens_T) // max(request.context, 1)), 1)
-        contexts_BT = first_windows(tokens_T, request.context, num_contexts)
-    layers = collect_moments(source.model, source.attention_paths, source.carried, windows_BT, track=track)
-    if "gradients" in needs:
-        moments = collect_gradients(source.model, source.key_value_taps, windows_BT, seed=request.seed, track=track)
-        layers = [replace(layer, gradient_moment_EE=m) for layer, m in zip(layers, moments, strict=True)]
-    if contexts_BT is not None:
-        shares = collect_distances(source.model, source.attention_paths, source.attention, contexts_BT, track=track)
-        layers = [replace(layer, attention_HT=s) for layer, s in zip(layers, shares, strict=True)]
-    info = CalibrationInfo(
-        source=source.name, fingerprint=source.fingerprint, text=request.text, num_windows=request.num_windows,
-        window=request.window, seed=request.seed, num_layers=source.spec.num_layers,
-        seconds=time.perf_counter() - start, context=request.context if contexts_BT is not None else 0,
-    )  # fmt: skip
-    return Calibration(info, layers, windows_BT)
-
-
 @dataclass(frozen=True)
 class ConvertedLayer:
     """One layer, done: what to write and what to report."""
@@ -136,51 +76,107 @@ class ConvertedLayer:
     report: LayerReport
 
 
-def convert_layers(plan: Plan, *, track: Track = silent) -> Iterator[ConvertedLayer]:
-    """The converted attention of each layer in turn, one in memory at a time."""
-    prefix = _prefix(plan)
-    for index in track(range(len(plan.ranks)), label="factorizing", total=len(plan.ranks)):
-        weights, stats = plan.source.attention(index), plan.stats(index)
-        if prefix is not None and stats is not None:
-            stats = prefix.stats(index, weights.carried, stats)
-        keys = split_keys(plan, weights, stats, plan.ranks[index].rope_dim // 2)
-        factors = factorize(plan.recipe.factorization, weights, keys, stats, plan.ranks[index])
-        latent = factors.latent if prefix is None else prefix.fitted(index, factors.latent)
-        in_nats = "gradients" in plan.recipe.factorization.needs
-        yield ConvertedLayer(latent, _layer_report(plan.ranks[index], keys, factors, in_nats=in_nats))
+def convert_layers(
+    plan: Plan, *, first: int = 0, streams: Path | None = None, track: Track = silent
+) -> Iterator[ConvertedLayer]:
+    """The converted attention of each layer in turn, one in memory at a time.
+
+    A refit's hidden states are files in `streams`; they are there for layer `first` if the one before it was made.
+    """
+    layers = range(first, len(plan.ranks))
+    with _directory(streams) as directory:
+        prefix = _prefix(plan, directory)
+        for index in track(layers, label="factorizing", total=len(layers)):
+            weights, stats = plan.source.attention(index), plan.stats(index)
+            if prefix is not None and stats is not None:
+                stats = prefix.stats(index, weights.carried, stats)
+            keys = split_keys(plan, weights, stats, plan.ranks[index].rope_dim // 2)
+            factors = factorize(plan.recipe.factorization, weights, keys, stats, plan.ranks[index])
+            latent = factors.latent if prefix is None else prefix.fitted(index, factors.latent)
+            in_nats = "gradients" in plan.recipe.factorization.needs
+            yield ConvertedLayer(latent, _layer_report(plan.ranks[index], keys, factors, in_nats=in_nats))
 
 
-def _prefix(plan: Plan) -> Prefix | None:
+@contextmanager
+def _directory(given: Path | None) -> Generator[Path]:
+    if given is not None:
+        yield given
+        return
+    with TemporaryDirectory(prefix="care-") as temporary:
+        yield Path(temporary)
+
+
+def _prefix(plan: Plan, streams: Path) -> Prefix | None:
     """The streams that a refit needs; None for a recipe without one."""
     if plan.recipe.refit is None or plan.calibration is None:
         return None
-    return Prefix(plan.source, plan.target, plan.recipe.refit, plan.calibration.windows_BT)
+    return Prefix(plan.source, plan.target, plan.recipe.refit, plan.calibration.windows_BT, streams)
 
 
 def convert(plan: Plan, out_dir: Path, *, track: Track = silent) -> Report:
     """Write the converted checkpoint; the directory appears only when it is complete."""
-    source, start = plan.source, time.perf_counter()
     check_output_free(out_dir)
-    check_space(out_dir, source.reader.num_bytes())
+    check_space(out_dir, plan.source.reader.num_bytes())
+    with CheckpointWriter(out_dir, plan.target.spec.num_layers + 1) as writer:
+        return _write(plan, writer, track)
+
+
+def run_conversion(
+    source: Source,
+    recipe: Recipe,
+    kv_budget: float,
+    request: CalibrationRequest,
+    out_dir: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    track: Track = silent,
+    say: Say = unsaid,
+) -> Report:
+    """Calibrate, plan and convert; what a killed run of the same description has done is not done again."""
+    check_output_free(out_dir)
+    check_space(out_dir, conversion_bytes(source, recipe, request, dtype or source.dtype))
+    run = {
+        **describe_run(source, request),
+        "recipe": recipe.digest(), "kv_budget": kv_budget, "dtype": str(dtype or source.dtype),
+    }  # fmt: skip
+    with CheckpointWriter(out_dir, source.spec.num_layers + 1, run, say) as writer:
+        stats = writer.work / "calibration"
+        calibration = calibrate(source, request, recipe.needs, directory=stats, track=track) if recipe.needs else None
+        plan = earlier_plan(source, recipe, kv_budget, calibration, dtype, writer.work)
+        plan = plan or plan_conversion(source, recipe, kv_budget, calibration, dtype=dtype, track=track)
+        save_plan(plan, writer.work)
+        return _write(plan, writer, track)
+
+
+def _write(plan: Plan, writer: CheckpointWriter, track: Track) -> Report:
+    """Every shard that is not there yet, then what makes them a checkpoint."""
+    source, start = plan.source, time.perf_counter()
     layout, num_layers = FORMATS[plan.recipe.format], plan.target.spec.num_layers
     carried = source.architecture.untouched(source.reader, plan.target.spec)
-    reports: list[LayerReport] = []
-    frequencies: list[tuple[float, ...]] = []
-    with CheckpointWriter(out_dir, num_layers + 1) as writer:
-        for index, layer in enumerate(convert_layers(plan, track=track)):
-            prefix = source.architecture.attention.format(i=index)
-            tensors = layout.attention_tensors(layer.latent, plan.target)
-            named = {f"{prefix}.{name}": check_finite(name, tensor) for name, tensor in tensors.items()}
-            writer.write_shard(index + 1, named | _carried(plan, carried[index]))
-            reports.append(layer.report)
-            rope = layer.latent.rope
-            frequencies.append(plan.target.spec.rope_frequencies[index] if rope is None else rope.frequencies)
-        writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
-        with writing(out_dir):
-            source.copy_side_files(writer.partial)
-        report = make_report(plan, reports, time.perf_counter() - start)
-        writer.finish(layout.config(plan.target, plan.ranks, frequencies), asdict(report))
+    notes = writer.notes()[:num_layers]
+    for layer in convert_layers(plan, first=len(notes), streams=writer.work, track=track):
+        index = len(notes)
+        notes.append(_note(plan, index, layer))
+        writer.write_shard(index + 1, _attention(plan, index, layer) | _carried(plan, carried[index]), notes[index])
+    writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
+    with writing(writer.out_dir):
+        source.copy_side_files(writer.result)
+    report = make_report(plan, [LayerReport(**note["report"]) for note in notes], time.perf_counter() - start)
+    writer.finish(layout.config(plan.target, plan.ranks, [tuple(note["rope"]) for note in notes]), asdict(report))
     return report
+
+
+def _note(plan: Plan, index: int, layer: ConvertedLayer) -> dict[str, Any]:
+    """What report and config must know of a layer when its tensors are on the disk."""
+    rope = layer.latent.rope
+    frequencies = plan.target.spec.rope_frequencies[index] if rope is None else rope.frequencies
+    return {"report": asdict(layer.report), "rope": frequencies}
+
+
+def _attention(plan: Plan, index: int, layer: ConvertedLayer) -> dict[str, torch.Tensor]:
+    prefix = plan.source.architecture.attention.format(i=index)
+    tensors = FORMATS[plan.recipe.format].attention_tensors(layer.latent, plan.target)
+    return {f"{prefix}.{name}": check_finite(name, tensor) for name, tensor in tensors.items()}
 
 
 def _carried(plan: Plan, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -15,3 +15,11 @@ class InvalidRecipe(CareError):
 
 class BadInput(CareError):
     """A path, a file, a tensor or a text that cannot be used."""
+
+
+class DiskFull(BadInput):
+    """The disk took no more; what was written so far is kept."""
+
+
+class Interrupted(CareError):
+    """Work that a person stopped, and that can be continued."""

@@ -6,11 +6,12 @@ Each candidate is run with the latent at full rank, so that only the lost rotati
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from .calibration import Calibration
 from .evaluation.quality import measure
 from .factorization import Svd, factorize
-from .modeling.native import attention_swapped, build_attention
+from .modeling.native import build_layer, layer_swapped
 from .progress import Track, silent
 from .rope_split import RoRope
 from .source import Source
@@ -34,25 +35,31 @@ def choose_folding(source: Source, split: RoRope, calibration: Calibration, *, t
     tried: dict[int, float] = {}
     candidates = split.candidates(source.spec.num_pairs)
     for folding in track(candidates, label="choosing the frequency folding", total=len(candidates)):
-        latents = _full_rank(source, replace(split, folding=folding), calibration)
-        target = Target(source.config, source.spec, "absorbed", None, deepseek_body=False, dtype=torch.float32)
-        modules = build_attention(latents, target)
-        with attention_swapped(source.model, source.architecture.model_type, modules):
-            tried[folding] = measure({"": source.logits}, windows_BT)[""].perplexity
+        tried[folding] = _perplexity(source, replace(split, folding=folding), calibration, windows_BT)
         if tried[folding] > min(tried.values()):
             break
     return FoldingSearch(tried, min(tried, key=lambda f: tried[f]))
 
 
-def _full_rank(source: Source, split: RoRope, calibration: Calibration) -> list[LatentAttention]:
-    latents = []
-    for index in range(source.spec.num_layers):
-        weights = source.attention(index)
-        slots = split(weights, calibration.layers[index])
-        keys = slots.split(len(slots.frequencies))
-        X = source.spec.feature_width
-        ranks = LayerRanks(
-            2 * len(slots.frequencies), min(len(keys.rest_MX), X), min(source.spec.kv_width, X), joint=False
-        )
-        latents.append(factorize(Svd(), weights, keys, None, ranks).latent)
-    return latents
+def _perplexity(source: Source, split: RoRope, calibration: Calibration, windows_BT: Tensor) -> float:
+    """Of the model with every layer's keys split, one layer in memory at a time."""
+    layers, model_type = source.layers, source.architecture.model_type
+    target = Target(source.config, source.spec, "absorbed", None, deepseek_body=False, dtype=torch.float32)
+    hidden = list(layers.embed(windows_BT.split(1)))
+    for index in range(len(layers)):
+        module = build_layer(_full_rank(source, split, calibration, index), target, index).to(source.device)
+        with layers.holding(index), layer_swapped(layers.model, model_type, index, module):
+            hidden = [layers.run(index, hidden_BTD) for hidden_BTD in hidden]
+    left = iter(hidden)
+    with layers.head():
+        return measure({"": lambda _tokens_BT: layers.logits(next(left))}, windows_BT)[""].perplexity
+
+
+def _full_rank(source: Source, split: RoRope, calibration: Calibration, index: int) -> LatentAttention:
+    """A layer of which only rotations are lost."""
+    weights = source.attention(index)
+    slots = split(weights, calibration.layers[index])
+    keys = slots.split(len(slots.frequencies))
+    X = source.spec.feature_width
+    ranks = LayerRanks(2 * len(slots.frequencies), min(len(keys.rest_MX), X), min(source.spec.kv_width, X), joint=False)
+    return factorize(Svd(), weights, keys, None, ranks).latent

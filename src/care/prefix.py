@@ -4,65 +4,92 @@ Two streams of hidden states go through the decoder layers side by side, the sou
 A layer's input moment is taken on the converted stream, and its output projection is refit so that the residual
 stream after attention comes out as the source's: to the source's attention output plus whatever the two streams have
 drifted apart. Where a norm stands between attention and the residual stream, to the attention output alone.
+
+Both streams are files: the streams that enter a layer are there until the layer after it is begun, so that a
+conversion that was killed goes on from them.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .calibration import DecoderLayers, MomentAccumulator
+from .calibration import MomentAccumulator, Stream, batch_size
 from .carried import Carried
 from .modeling.native import build_layer, layer_swapped
 from .refit import OutputMoments, Ridge
 from .source import Source
 from .types import LatentAttention, LayerStats, Target
 
-BATCH_TOKENS = 2048
-"""Tokens that go through a layer at a time."""
-
 
 class Prefix:
     """The source's hidden states and the converted prefix's at the entry of the next layer to convert."""
 
-    def __init__(self, source: Source, target: Target, refit: Ridge, windows_BT: Tensor) -> None:
+    def __init__(self, source: Source, target: Target, refit: Ridge, windows_BT: Tensor, directory: Path) -> None:
         self._source, self._target, self._refit = source, target, refit
-        self._layers = DecoderLayers(source.model, source.layer_paths)
+        self._layers = source.layers
         window = windows_BT.shape[1]
-        entering = self._layers.embed(_spread(windows_BT, refit.tokens // window if refit.tokens else len(windows_BT)))
-        self._own = list(entering.split(max(BATCH_TOKENS // window, 1)))
-        self._converted = list(self._own)
+        self._windows_BT = _spread(windows_BT, refit.tokens // window if refit.tokens else len(windows_BT))
+        shape = (len(self._windows_BT), window, self._layers.hidden_size)
+        self._own, self._converted = (Stream(directory, name, shape) for name in ("own", "converted"))
 
     def stats(self, index: int, carried: Carried, stats: LayerStats) -> LayerStats:
         """A layer's statistics with the input moments of the converted prefix."""
-        carried = carried.to(self._source.model.device, torch.float32)
-        accumulator = MomentAccumulator(self._source.spec.hidden_size, carried)
-        for hidden_BTD in self._converted:
-            accumulator.add(self._layers.input_of(index, self._source.attention_paths[index], hidden_BTD))
+        self._enter(index)
+        carried = carried.to(torch.device(self._source.device), torch.float32)
+        accumulator = MomentAccumulator(self._layers.hidden_size, carried)
+        with self._layers.holding(index):
+            for hidden_BTD in self._converted.at(index).batches():
+                accumulator.add(self._layers.input_of(index, self._source.attention_paths[index], hidden_BTD))
         moments = accumulator.stats(index)
         return replace(
             stats, num_tokens=moments.num_tokens, input_moment_XX=moments.input_moment_XX,
             input_magnitude_X=moments.input_magnitude_X,
         )  # fmt: skip
 
+    def _enter(self, index: int) -> None:
+        """Make the streams at the first layer, or drop those of the layer before: its successors are there."""
+        for stream in (self._own, self._converted):
+            if index:
+                stream.at(index - 1).remove()
+            elif not stream.exists:
+                batches = self._windows_BT.split(batch_size(self._windows_BT.shape[1]))
+                stream.write(self._layers.embed(batches))
+
     def fitted(self, index: int, latent: LatentAttention) -> LatentAttention:
         """The layer with its output projection refit; both streams are then past it."""
-        path, moments = self._source.attention_paths[index], OutputMoments(latent)
-        with self._converted_layer(index, latent):
-            reads = [self._layers.input_of(index, f"{path}.o_proj", hidden_BTD) for hidden_BTD in self._converted]
-        for batch, (own_BTD, converted_BTD) in enumerate(zip(self._own, self._converted, strict=True)):
-            self._own[batch], added_BTD = self._layers.run_with_attention(index, path, own_BTD)
-            wanted_BTD = added_BTD if self._source.architecture.post_norm else added_BTD + own_BTD - converted_BTD
-            moments.add(reads[batch].flatten(0, 1), wanted_BTD.flatten(0, 1))
-        latent = self._refit.output(latent, moments)
-        with self._converted_layer(index, latent):
-            self._converted = [self._layers.run(index, hidden_BTD) for hidden_BTD in self._converted]
+        self._enter(index)
+        moments = OutputMoments(latent)
+        with self._layers.holding(index):
+            self._own.at(index + 1).write(self._compared(index, self._module(index, latent), moments))
+            latent = self._refit.output(latent, moments)
+            with self._swapped(index, self._module(index, latent)):
+                batches = self._converted.at(index).batches()
+                self._converted.at(index + 1).write(self._layers.run(index, hidden_BTD) for hidden_BTD in batches)
         return latent
 
-    def _converted_layer(self, index: int, latent: LatentAttention) -> AbstractContextManager[None]:
-        module = build_layer(latent, self._target, index).to(self._source.device)
-        return layer_swapped(self._source.model, self._source.architecture.model_type, index, module)
+    def _compared(self, index: int, module: nn.Module, moments: OutputMoments) -> Iterator[Tensor]:
+        """The source's stream past the layer; moments of what the new projection reads and should give on the way."""
+        path, layers = self._source.attention_paths[index], self._layers
+        for own_BTD, converted_BTD in zip(
+            self._own.at(index).batches(), self._converted.at(index).batches(), strict=True
+        ):
+            with self._swapped(index, module):
+                read_BTZ = layers.input_of(index, f"{path}.o_proj", converted_BTD)
+            left_BTD, added_BTD = layers.run_with_attention(index, path, own_BTD)
+            drift_BTD = (own_BTD - converted_BTD).to(added_BTD.device)
+            wanted_BTD = added_BTD if self._source.architecture.post_norm else added_BTD + drift_BTD
+            moments.add(read_BTZ.flatten(0, 1), wanted_BTD.flatten(0, 1))
+            yield left_BTD
+
+    def _module(self, index: int, latent: LatentAttention) -> nn.Module:
+        return build_layer(latent, self._target, index).to(self._source.device)
+
+    def _swapped(self, index: int, module: nn.Module) -> AbstractContextManager[None]:
+        return layer_swapped(self._layers.model, self._source.architecture.model_type, index, module)
 
 
 def _spread(windows_BT: Tensor, count: int) -> Tensor:

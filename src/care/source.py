@@ -11,12 +11,13 @@ import torch
 
 from .architectures import architecture_for
 from .architectures.base import Architecture
-from .calibration import Tap
+from .calibration import DecoderLayers, Observed, Tap, WholeModel
 from .carried import Carried
 from .checkpoint import SafetensorsReader, StateReader, TensorReader
 from .errors import BadInput, UnsupportedModel
 from .modeling import loading
 from .modeling.loading import Location, check_device, expected_shapes, load_config, load_model, load_tokenizer, locate
+from .modeling.streaming import StreamedWeights
 from .types import AttentionSpec, AttentionWeights
 
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -27,7 +28,7 @@ SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json
 
 @dataclass(frozen=True)
 class Source:
-    """A model to convert. Weights are read when asked for; the model is loaded once, in fp32 on the CPU."""
+    """A model to convert. Weights are read when asked for; the whole model is loaded only where `model` is used."""
 
     name: str
     location: Location
@@ -42,6 +43,19 @@ class Source:
         return load_model(self.location, dtype=torch.float32, device=self.device)
 
     @cached_property
+    def layers(self) -> DecoderLayers:
+        """The model's layers, to be run one at a time; only a GGUF file's are all in memory, fp32."""
+        if self.location.gguf_file is not None:
+            return DecoderLayers(self.model, self.layer_paths, WholeModel(), self.device)
+        weights = StreamedWeights(self.location, self.reader, self.layer_paths, self.device)
+        return DecoderLayers(weights.model, self.layer_paths, weights, self.device)
+
+    @property
+    def observed(self) -> Observed:
+        """The model as calibration sees it."""
+        return Observed(self.layers, self.attention_paths, self.key_value_taps, self.carried, self.attention)
+
+    @cached_property
     def tokenizer(self) -> Any:  # noqa: ANN401 - a transformers tokenizer
         """The model's tokenizer."""
         return load_tokenizer(self.location)
@@ -51,7 +65,7 @@ class Source:
         """The checkpoint's tensors; those of a GGUF file are de-quantized by loading the model."""
         if self.location.gguf_file is None:
             reader: TensorReader = SafetensorsReader(self.location.directory)
-            self.architecture.check_tensors(reader, self.spec, expected_shapes(self.location))
+            self.architecture.check_tensors(reader, self.spec, self.expected_shapes)
         else:
             reader = StateReader(self.model.state_dict())
         return reader
@@ -80,10 +94,20 @@ class Source:
             for path in self.attention_paths
         ]
 
+    def carried(self, index: int) -> Carried:
+        """What a layer computes beside its linear maps."""
+        return self.architecture.read_carried(self.reader, index, self.spec)
+
+    @cached_property
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that the config promises."""
+        return expected_shapes(self.location)
+
     @property
-    def carried(self) -> list[Carried]:
-        """What each layer computes beside its linear maps."""
-        return [self.architecture.read_carried(self.reader, i, self.spec) for i in range(self.spec.num_layers)]
+    def stated_dtype(self) -> torch.dtype:
+        """What the config says that weights are stored in; fp32 where it says nothing, as transformers does."""
+        stated = self.config.get("dtype") or self.config.get("torch_dtype")
+        return getattr(torch, str(stated).removeprefix("torch."), torch.float32)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -115,6 +139,14 @@ class Source:
         digest = hashlib.sha256(json.dumps([self.spec.num_layers, table]).encode())
         digest.update(keys.float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Tells a source from itself after any of its files was written again; its tensors are not read for it."""
+        directory, gguf_file = self.location.directory, self.location.gguf_file
+        files = [directory / gguf_file] if gguf_file else sorted(directory.glob("*.safetensors"))
+        stated = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+        return {"fingerprint": self.fingerprint, "files": stated, "config": self.config}
 
     def copy_side_files(self, directory: Path) -> None:
         """Tokenizer, generation settings and license, next to converted weights."""

@@ -14,7 +14,7 @@ OPTIONS = {
     "calibrate": ["model", "stats", "--text", *CALIBRATION, "--recipes", "--device", "--json"],
     "convert": [
         "model", "out_dir", "--recipe", "--for", "--kv-budget", "--calibration", *CALIBRATION, "--mode", "--format",
-        "--dtype", "--device", "--json",
+        "--dry-run", "--dtype", "--device", "--json",
     ],
     "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
     "compare": ["model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, *TEXT, "--device", "--json"],

@@ -9,9 +9,22 @@ PACKAGE = Path(care.__file__).parent
 
 LAYERS = (
     {"errors", "carried", "types", "progress", "version"},
-    {"linalg", "rope", "attention", "checkpoint"},
+    {"linalg", "rope", "attention", "checkpoint", "output"},
     {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats", "refit"},
-    {"prefix", "recipe", "source", "plan", "conversion", "comparison", "folding", "modeling", "evaluation"},
+    {
+        "prefix",
+        "decisions",
+        "estimate",
+        "statistics",
+        "recipe",
+        "source",
+        "plan",
+        "conversion",
+        "comparison",
+        "folding",
+        "modeling",
+        "evaluation",
+    },
     {"cli", "commands"},
     {"__init__", "__main__"},
 )

@@ -69,6 +69,15 @@ def assert_refused(outcome: Outcome, words: str, out: Path, *, worked: bool = Fa
     assert not out.with_name(out.name + ".partial").exists()
 
 
+def assert_stopped(outcome: Outcome, words: str, out: Path) -> None:
+    """One line of error; no output, but what it can be continued from."""
+    assert outcome.code == EXIT_ERROR, outcome
+    assert outcome.stderr.splitlines()[-1].startswith("care: error: ")
+    assert words in outcome.stderr.splitlines()[-1]
+    assert not out.exists()
+    assert {p.name for p in out.with_name(out.name + ".partial").iterdir()} == {"result", "run.json", "work"}
+
+
 def damaged(tiny: TinyModels, to: Path, edit: Edit) -> Path:
     """A copy of the GQA model with one thing wrong."""
     copy = shutil.copytree(tiny.directory("llama-gqa"), to / "source")
@@ -358,21 +367,25 @@ def test_disk_known_to_be_too_small(
 def test_disk_full_while_tensors_are_written(
     tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path, command: str
 ) -> None:
-    """The second file does not fit."""
+    """The second file does not fit; what fits is kept, and the same command goes on from it."""
     saved: list[Path] = []
 
     def save(tensors: Any, file: Path, metadata: Any) -> None:
-        if saved:
+        if len(saved) == 1:
+            saved.append(file)
             raise OSError(errno.ENOSPC, "No space left on device")
         saved.append(file)
         save_file(tensors, file, metadata)
 
-    monkeypatch.setattr("care.checkpoint.save_file", save)
+    monkeypatch.setattr("care.output.save_file", save)
     out = tmp_path / "out"
     option = "--calibration" if command == "convert" else "--text"
-    outcome = care_main(command, tiny.directory("llama-gqa"), out, option, text_file, *SAMPLES)
-    assert_refused(outcome, "the disk is full", out, worked=True)
-    assert saved
+    arguments = (command, tiny.directory("llama-gqa"), out, option, text_file, *SAMPLES)
+    assert_stopped(care_main(*arguments), "the disk is full", out)
+    assert len(saved) == 2
+    again = care_main(*arguments)
+    assert (again.code, "continuing from" in again.stderr) == (0, True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_disk_full_while_the_tokenizer_is_copied(
@@ -384,27 +397,29 @@ def test_disk_full_while_the_tokenizer_is_copied(
     monkeypatch.setattr(Path, "write_bytes", write)
     out = tmp_path / "out"
     outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
-    assert_refused(outcome, "cannot write", out, worked=True)
+    assert_stopped(outcome, "cannot write", out)
 
 
 def test_interrupt_in_the_middle(
     tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the first layer is on disk."""
+    """After the first layer is on disk; the same command goes on with the second."""
     real, done = care.conversion.factorize, []
     out = tmp_path / "out"
 
     def factorize(*arguments: Any) -> Any:
         if done:
-            assert list((tmp_path / "out.partial").glob("*.safetensors"))
+            assert list((tmp_path / "out.partial" / "result").glob("*.safetensors"))
             raise KeyboardInterrupt
         done.append(True)
         return real(*arguments)
 
     monkeypatch.setattr(care.conversion, "factorize", factorize)
     outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu")
-    assert_refused(outcome, "interrupted; no output was written", out, worked=True)
-    assert done
+    assert_stopped(outcome, "interrupted; the same command continues from", out)
+    monkeypatch.setattr(care.conversion, "factorize", lambda *arguments: done.append(True) or real(*arguments))
+    assert care_main("convert", tiny.directory("llama-gqa"), out, "--recipe", "palu").code == 0
+    assert len(done) == 3
 
 
 def test_the_remains_of_a_killed_run_are_replaced(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
@@ -431,11 +446,43 @@ def test_inspect(tiny: TinyModels, care_main: Run) -> None:
         "cache_width_per_layer": 32, "formats": "deepseek: yes, native: yes",
     }  # fmt: skip
     assert {key: facts[key] for key in expected} == expected
+    assert facts["parameters"] == sum(p.numel() for p in tiny.source_model("llama-gqa").parameters())
     half = next(row for row in facts["cache"] if row["kept"] == 0.5)
     assert (half["values_per_token"], half["bytes_per_token"]) == (48, 96)
     assert half["gib_at_32k"] == 96 * 32768 / 2**30
     refused = care_main("inspect", tiny.directory("mistral-window"), "--json", "-").json["formats"]
     assert "deepseek: no (format deepseek has no sliding window" in refused
+
+
+LLAMA_70B = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_a_config_alone_is_planned(care_main: Run, tmp_path: Path) -> None:
+    """Of a 70B model: its parameters, its cache on several GPUs, and what converting takes; nothing is written."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(LLAMA_70B))
+    facts = care_main("inspect", source, "--json", "-").json
+    assert facts["parameters"] == 70553706496
+    own, half = facts["cache"][0], next(row for row in facts["cache"] if row["kept"] == 0.5)
+    assert (own["values_per_token"], half["values_per_token"]) == (80 * 2048, 80 * 1024)
+    assert own["gib_at_32k_per_gpu"]["8"] == own["gib_at_32k"] / 8
+    assert half["gib_at_32k_per_gpu"]["8"] == half["gib_at_32k"] == own["gib_at_32k"] / 2
+    plan = care_main("convert", source, out, "--dry-run", "--kv-budget", "0.25", "--json", "-").json
+    assert [row["values_per_token"] for row in plan["cache"]] == [80 * 2048, 80 * 512]
+    assert plan["effort"]["disk_bytes"] > 2 * 70553706496
+    assert 855654400 * 4 < plan["effort"]["memory_bytes"] < 16e9
+    assert plan["effort"]["seconds"] > 0
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    shown = care_main("convert", source, out, "--dry-run").stdout
+    assert "TP 8" in shown
+    assert "peak memory" in shown
+    refused = care_main("convert", source, out, "--dry-run", "--kv-budget", "1.0", "--format", "deepseek")
+    assert_refused(refused, "--format native", out)
 
 
 def test_convert_inspect_eval_generate(tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path) -> None:
@@ -518,7 +565,7 @@ def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:
     options = ("--calibration", text_file, *SAMPLES, "--text", text_file, "--window", 32, "--windows", 2)
     table = care_main("compare", source, "--kv-budgets", "0.5,0.25", *options, "--json", "-").json
     assert len(table["rows"]) == 2 * len(recipe_names())
-    assert {row["recipe"] for row in table["rows"] if "refused" in row} == {"best-deepseek", "care-mla", "transmla"}
+    assert {row["recipe"] for row in table["rows"] if "refused" in row} == {"care-mla", "transmla"}
     for row in table["rows"]:
         if "refused" not in row:
             assert row["cache_values_per_token"] == row["kv_budget"] * 32 * 3

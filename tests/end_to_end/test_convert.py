@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from care.checkpoint import StateReader
-from care.conversion import CalibrationRequest, calibrate, convert
+from care.conversion import convert
 from care.errors import BadInput
 from care.evaluation import live_cache
 from care.factorization import Svd, Whitened, factorize
@@ -24,6 +24,7 @@ from care.plan import plan_conversion
 from care.recipe import load_recipe, recipe_names
 from care.rope_split import whole_keys
 from care.source import open_source
+from care.statistics import CalibrationRequest, calibrate
 from care.types import MODES, LayerRanks, Mode
 from tiny import CACHE_KEY, SLIDING_WINDOW, TINY, Case, TinyModels, random_tokens
 from tolerances import VISIBLE, assert_close, assert_numbers

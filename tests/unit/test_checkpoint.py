@@ -7,19 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from care.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    CheckpointWriter,
-    DirectoryWriter,
-    SafetensorsReader,
-    StateReader,
-    check_finite,
-    check_output_free,
-    check_space,
-    read_json,
-)
+from care.checkpoint import INDEX_NAME, SINGLE_NAME, SafetensorsReader, StateReader, check_finite, read_json
 from care.errors import BadInput
+from care.output import CheckpointWriter, DirectoryWriter, check_output_free, check_space
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor([1, 2])}
 SHARDS = {"model-00001-of-00002.safetensors": ("a",), "model-00002-of-00002.safetensors": ("b", "c")}

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from care.calibration.moments import BATCH_TOKENS, MomentAccumulator, collect_moments
+from care.calibration import MomentAccumulator
+from care.calibration.streams import BATCH_TOKENS
 from care.carried import PLAIN
 from care.errors import BadInput
-from tiny import TINY, TinyModels, attention_passes, random_inputs, random_tokens
+from tiny import TINY, TinyModels, attention_passes, collected, random_inputs, random_tokens
 from tolerances import assert_close
 
 BATCH, LENGTH = 5, 16
@@ -41,7 +42,7 @@ def features_of(model: Any, tokens_BT: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", list(TINY))
 def test_moments_are_those_of_stacked_features(tiny: TinyModels, name: str) -> None:
     tokens, source = random_tokens(LENGTH, BATCH), tiny.source(name)
-    stats = collect_moments(source.model, source.attention_paths, source.carried, tokens)
+    stats = collected(source.observed, tokens)
     for layer, phi_TX in zip(stats, features_of(tiny.source_model(name), tokens), strict=True):
         phi_TX = phi_TX.double()
         assert layer.num_tokens == BATCH * LENGTH
@@ -52,21 +53,21 @@ def test_moments_are_those_of_stacked_features(tiny: TinyModels, name: str) -> N
 
 def test_batches_do_not_matter(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, source = random_tokens(LENGTH, BATCH), tiny.source("llama-gqa")
-    whole = collect_moments(source.model, source.attention_paths, source.carried, tokens)
+    whole = collected(source.observed, tokens)
     assert BATCH_TOKENS >= BATCH * LENGTH
-    monkeypatch.setattr("care.calibration.moments.BATCH_TOKENS", 2 * LENGTH)
-    parts = collect_moments(source.model, source.attention_paths, source.carried, tokens)
+    monkeypatch.setattr("care.calibration.streams.BATCH_TOKENS", 2 * LENGTH)
+    parts = collected(source.observed, tokens)
     for one, other in zip(whole, parts, strict=True):
         assert_close(one.input_moment_XX, other.input_moment_XX, "fp32 moments")
         assert one.num_tokens == other.num_tokens
 
 
 def test_no_hook_stays_behind(tiny: TinyModels) -> None:
-    source = tiny.source("llama-gqa")
-    collect_moments(source.model, source.attention_paths, source.carried, random_tokens(4))
+    source, model = tiny.source("llama-gqa"), tiny.source("llama-gqa").layers.model
+    collected(source.observed, random_tokens(4))
     with pytest.raises(IndexError):
-        collect_moments(source.model, source.attention_paths, source.carried, random_tokens(4) + 10_000)
-    assert not any(source.model.get_submodule(path)._forward_pre_hooks for path in source.attention_paths)
+        collected(source.observed, random_tokens(4) + 10_000)
+    assert not any(model.get_submodule(path)._forward_pre_hooks for path in source.attention_paths)
 
 
 def test_accumulator_adds_up() -> None:

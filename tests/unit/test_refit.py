@@ -1,10 +1,12 @@
 """The ridge refit against a plain least-squares solution over stored tokens, and the prefix that feeds it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from care.calibration import DecoderLayers
+from care.calibration import DecoderLayers, WholeModel
 from care.conversion import convert_layers
 from care.errors import InvalidRecipe
 from care.factorization import Svd, factorize
@@ -66,8 +68,8 @@ def test_impossible_settings_are_refused() -> None:
 
 def test_layers_run_apart_give_what_the_model_gives(tiny: TinyModels) -> None:
     source, tokens = tiny.source("llama-gqa"), random_tokens(20, batch=3)
-    layers = DecoderLayers(source.model, source.layer_paths)
-    hidden_BTD = layers.embed(tokens)
+    layers = DecoderLayers(source.model, source.layer_paths, WholeModel())
+    hidden_BTD = next(layers.embed([tokens]))
     for index in range(source.spec.num_layers):
         hidden_BTD = layers.run(index, hidden_BTD)
     wanted = source.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
@@ -76,8 +78,8 @@ def test_layers_run_apart_give_what_the_model_gives(tiny: TinyModels) -> None:
 
 def test_a_layer_tells_what_its_attention_reads_and_gives(tiny: TinyModels) -> None:
     source = tiny.source("llama-gqa")
-    layers = DecoderLayers(source.model, source.layer_paths)
-    hidden_BTD = layers.embed(random_tokens(20, batch=2))
+    layers = DecoderLayers(source.model, source.layer_paths, WholeModel())
+    hidden_BTD = next(layers.embed([random_tokens(20, batch=2)]))
     path = source.attention_paths[0]
     read_BTD = layers.input_of(0, path, hidden_BTD)
     assert torch.equal(read_BTD, source.model.model.layers[0].input_layernorm(hidden_BTD))
@@ -88,24 +90,24 @@ def test_a_layer_tells_what_its_attention_reads_and_gives(tiny: TinyModels) -> N
     assert_close(left_BTD, middle_BTD + layer.mlp(layer.post_attention_layernorm(middle_BTD)), "fp32 attention")
 
 
-def test_prefix_at_full_rank_changes_nothing(tiny: TinyModels) -> None:
+def test_prefix_at_full_rank_changes_nothing(tiny: TinyModels, tmp_path: Path) -> None:
     """Both streams stay together, so the source's own projection is the best one."""
     source = tiny.source("llama-gqa")
     plan = plan_conversion(source, load_recipe("svd-llm"), 1.0, tiny.calibration("llama-gqa"), dtype=torch.float32)
-    prefix = Prefix(source, plan.target, Ridge(tokens=0), tiny.calibration("llama-gqa").windows_BT)
+    prefix = Prefix(source, plan.target, Ridge(tokens=0), tiny.calibration("llama-gqa").windows_BT, tmp_path)
     for index, layer in enumerate(convert_layers(plan)):
         fitted = prefix.fitted(index, layer.latent)
         assert_close(fitted.out_DHV, layer.latent.out_DHV, "fp32 attention")
 
 
-def test_refit_brings_the_first_layers_residual_stream_nearer(tiny: TinyModels) -> None:
+def test_refit_brings_the_first_layers_residual_stream_nearer(tiny: TinyModels, tmp_path: Path) -> None:
     source = tiny.source("llama-gqa")
     plan = plan_conversion(source, load_recipe("svd-llm"), 0.5, tiny.calibration("llama-gqa"), dtype=torch.float32)
     windows_BT = tiny.calibration("llama-gqa").windows_BT
     start = next(iter(convert_layers(plan))).latent
-    fitted = Prefix(source, plan.target, Ridge(tokens=0, ridge=1e-6), windows_BT).fitted(0, start)
-    layers = DecoderLayers(source.model, source.layer_paths)
-    entering_BTD = layers.embed(windows_BT)
+    fitted = Prefix(source, plan.target, Ridge(tokens=0, ridge=1e-6), windows_BT, tmp_path).fitted(0, start)
+    layers = DecoderLayers(source.model, source.layer_paths, WholeModel())
+    entering_BTD = next(layers.embed([windows_BT]))
     read_BTD = layers.input_of(0, source.attention_paths[0], entering_BTD)
     _, wanted_BTD = layers.run_with_attention(0, source.attention_paths[0], entering_BTD)
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from care.calibration import Calibration, is_calibration, load_calibration, save_calibration
-from care.conversion import CalibrationRequest, calibrate
+from care.calibration import Calibration, is_calibration, load_calibration
 from care.errors import BadInput
-from tiny import TinyModels
+from care.statistics import STATISTICS, CalibrationRequest, calibrate
+from tiny import NUM_WINDOWS, WINDOW, TinyModels
 
 
 @pytest.fixture
 def saved(tiny: TinyModels, tmp_path: Path) -> tuple[Calibration, Path]:
     """Statistics and where they were saved."""
-    calibration = tiny.calibration("llama-gqa")
-    save_calibration(calibration, tmp_path / "stats")
-    return calibration, tmp_path / "stats"
+    request = CalibrationRequest(str(tiny.text_file), NUM_WINDOWS, WINDOW, seed=1, context=WINDOW)
+    calibration = calibrate(tiny.source("llama-gqa"), request, STATISTICS, directory=tmp_path / "stats")
+    return replace(calibration, layers=list(calibration.layers)), tmp_path / "stats"
 
 
 def test_round_trip_is_bit_identical(saved: tuple[Calibration, Path]) -> None:
@@ -86,10 +86,10 @@ def test_another_versions_explanation_is_refused(saved: tuple[Calibration, Path]
         load_calibration(saved[1])
 
 
-def test_an_occupied_directory_is_refused(saved: tuple[Calibration, Path]) -> None:
-    with pytest.raises(BadInput, match="is not empty"):
-        save_calibration(replace(saved[0], layers=[]), saved[1])
-    assert len(load_calibration(saved[1]).layers) == 3
+def test_nothing_but_statistics_is_left(saved: tuple[Calibration, Path]) -> None:
+    """No hidden states."""
+    layers = [f"layer-{index:05d}.safetensors" for index in range(3)]
+    assert sorted(p.name for p in saved[1].iterdir()) == ["calibration.json", *layers, "tokens.safetensors"]
 
 
 def test_other_directories_are_no_statistics(tiny: TinyModels, tmp_path: Path) -> None:

@@ -1,26 +1,31 @@
 """Texts, running moments, and their storage."""
 
-from .distances import collect_distances
-from .gradients import Tap, collect_gradients
-from .layers import DecoderLayers
-from .moments import MomentAccumulator, collect_moments
-from .store import Calibration, CalibrationInfo, is_calibration, load_calibration, save_calibration
+from .collection import Collection, Observed, Wanted
+from .gradients import Tap
+from .layers import DecoderLayers, WholeModel
+from .moments import MomentAccumulator
+from .store import EXPLANATION, Calibration, CalibrationInfo, finish_calibration, is_calibration, load_calibration
+from .streams import Stream, batch_size
 from .text import TEXTS, first_windows, load_text, sampled_windows
 
 __all__ = [
+    "EXPLANATION",
     "TEXTS",
     "Calibration",
     "CalibrationInfo",
+    "Collection",
     "DecoderLayers",
     "MomentAccumulator",
+    "Observed",
+    "Stream",
     "Tap",
-    "collect_distances",
-    "collect_gradients",
-    "collect_moments",
+    "Wanted",
+    "WholeModel",
+    "batch_size",
+    "finish_calibration",
     "first_windows",
     "is_calibration",
     "load_calibration",
     "load_text",
     "sampled_windows",
-    "save_calibration",
 ]

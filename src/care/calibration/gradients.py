@@ -1,11 +1,11 @@
 """Running second moments of gradients at keys (before RoPE) and values: the output side of two-sided weighting.
 
 The gradient is that of the log-likelihood of labels drawn from the model itself, so that its second moment is the
-Fisher information and no data set's labels enter (Kunstner et al., arXiv 1905.12558). One backward pass; only
-activations get gradients, weights do not.
+Fisher information and no data set's labels enter (Kunstner et al., arXiv 1905.12558). One backward pass, a layer at a
+time from the last; only activations get gradients, weights do not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..progress import Track, silent
-
-BATCH_TOKENS = 1024
-"""Tokens per forward and backward pass: their logits and the gradients of these are in memory."""
+from .layers import DecoderLayers
+from .streams import Stream
 
 
 @dataclass(frozen=True)
@@ -38,65 +36,58 @@ class Tap:
         return rows if self.width is None else rows[:, self.first : self.first + self.width]
 
 
-def collect_gradients(
-    model: Any,  # noqa: ANN401 - any transformers causal language model
-    taps: Sequence[tuple[Tap, Tap]],
-    windows_BT: Tensor,
-    *,
-    seed: int,
-    track: Track = silent,
-) -> list[Tensor]:
-    """E[g g^T] over tokens of each layer's concatenated keys and values, fp64 on the CPU.
+def label_gradients(layers: DecoderLayers, leaving: Stream, gradients: Stream, seed: int) -> None:
+    """Gradients at what leaves the last layer, of the negative log-likelihood of labels drawn from the model.
 
-    `taps` say where each layer's keys and values are found. Labels are drawn with `seed`. BadInput names a layer
-    whose gradients are NaN or Inf.
+    The likelihood is summed over tokens.
     """
-    sums: list[Tensor | float] = [0.0] * len(taps)
-    held: dict[tuple[int, int], Tensor] = {}
+    generator = torch.Generator(layers.device).manual_seed(seed)
+    with layers.head():
+        gradients.write(_label_gradient(layers, hidden_BTD, generator) for hidden_BTD in leaving.batches())
+
+
+def _label_gradient(layers: DecoderLayers, hidden_BTD: Tensor, generator: torch.Generator) -> Tensor:
+    hidden_BTD = hidden_BTD.to(layers.device).requires_grad_()
+    with torch.enable_grad():
+        logp_NV = layers.logits(hidden_BTD).flatten(0, 1).float().log_softmax(-1)
+        labels_N1 = torch.multinomial(logp_NV.detach().exp(), 1, generator=generator)
+        loss = -logp_NV.gather(1, labels_N1).sum()
+    return torch.autograd.grad(loss, hidden_BTD)[0]
+
+
+def layer_gradients(
+    layers: DecoderLayers, index: int, taps: tuple[Tap, Tap], entering: Stream, arriving: Stream, leaving: Stream
+) -> Tensor:
+    """E[g g^T] over tokens of a layer's concatenated keys and values, fp64 on the CPU.
+
+    `taps` say where keys and values are found. The layer is run again on what entered it, and gradients go back
+    from `arriving`, those at its end, to `leaving`. BadInput names a layer whose gradients are NaN or Inf.
+    """
+    held: dict[int, Tensor] = {}
+    sums: list[Tensor] = []
     hooks = [
-        model.get_submodule(tap.path).register_forward_hook(_recorder(held, (layer, side)))
-        for layer, pair in enumerate(taps)
-        for side, tap in enumerate(pair)
+        layers.model.get_submodule(tap.path).register_forward_hook(_recorder(held, side))
+        for side, tap in enumerate(taps)
     ]
-    hooks.append(model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_()))
-    generator = torch.Generator(model.device).manual_seed(seed)
-    batches = windows_BT.split(max(BATCH_TOKENS // windows_BT.shape[1], 1))
-    frozen = [p for p in model.parameters() if p.requires_grad]
+
+    def back() -> Iterator[Tensor]:
+        for hidden_BTD, gradient_BTD in zip(entering.batches(), arriving.batches(), strict=True):
+            yield layers.pulled_back(index, hidden_BTD, gradient_BTD)
+            g_TE = torch.cat([tap.rows(held[side]) for side, tap in enumerate(taps)], -1).float()
+            sums[:] = [sum(sums, (g_TE.T @ g_TE).double().cpu())]
+
     try:
-        for p in frozen:
-            p.requires_grad = False
-        for batch in track(batches, label="reading gradients", total=len(batches)):
-            held.clear()
-            _backward(model, batch.to(model.device), generator)
-            for layer, pair in enumerate(taps):
-                g_TE = torch.cat([tap.rows(held[layer, side]) for side, tap in enumerate(pair)], -1).float()
-                sums[layer] = sums[layer] + (g_TE.T @ g_TE).double().cpu()
+        leaving.write(back())
     finally:
-        for p in frozen:
-            p.requires_grad = True
         for hook in hooks:
             hook.remove()
-    return [_mean(layer, total, windows_BT.numel()) for layer, total in enumerate(sums)]
+    if not bool(torch.isfinite(sums[0]).all()):
+        raise BadInput(f"gradients of layer {index} are NaN or Inf; check the source")
+    return sums[0] / (entering.shape[0] * entering.shape[1])
 
 
-def _mean(layer: int, total: Tensor | float, count: int) -> Tensor:
-    assert isinstance(total, Tensor)
-    if not bool(torch.isfinite(total).all()):
-        raise BadInput(f"gradients of layer {layer} are NaN or Inf; check the source")
-    return total / count
-
-
-def _recorder(held: dict[tuple[int, int], Tensor], key: tuple[int, int]) -> Any:  # noqa: ANN401 - torch's hook type
+def _recorder(held: dict[int, Tensor], side: int) -> Any:  # noqa: ANN401 - torch's hook type
     def record(_module: object, _args: object, output: Tensor) -> None:
-        output.register_hook(lambda gradient: held.__setitem__(key, gradient.detach()))
+        output.register_hook(lambda gradient: held.__setitem__(side, gradient.detach()))
 
     return record
-
-
-def _backward(model: Any, batch_BT: Tensor, generator: torch.Generator) -> None:  # noqa: ANN401
-    """Negative log-likelihood, summed over tokens, of labels drawn from the model's own predictions."""
-    with torch.enable_grad():
-        logits_NV = model(input_ids=batch_BT, use_cache=False).logits.flatten(0, 1).float()
-        logp_NV = logits_NV.log_softmax(-1)
-        labels_N1 = torch.multinomial(logp_NV.detach().exp(), 1, generator=generator)
-        (-logp_NV.gather(1, labels_N1).sum()).backward()

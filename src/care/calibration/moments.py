@@ -1,7 +1,4 @@
-"""Running second moments of the features of every layer's attention input, from one pass of the source model."""
-
-from collections.abc import Sequence
-from typing import Any
+"""Running second moments of the features of a layer's attention input."""
 
 import torch
 from torch import Tensor
@@ -9,12 +6,9 @@ from torch import Tensor
 from ..attention import features
 from ..carried import Carried
 from ..errors import BadInput
-from ..progress import Track, silent
 from ..types import LayerStats
-from .inputs import feed_inputs
-
-BATCH_TOKENS = 2048
-"""Tokens per forward pass."""
+from .layers import DecoderLayers
+from .streams import Stream
 
 
 class MomentAccumulator:
@@ -41,21 +35,14 @@ class MomentAccumulator:
         return LayerStats(self.num_tokens, self._outer_XX / self.num_tokens, self._magnitude_X / self.num_tokens)
 
 
-def collect_moments(
-    model: Any,  # noqa: ANN401 - any transformers causal language model
-    attention_paths: Sequence[str],
-    carried: Sequence[Carried],
-    windows_BT: Tensor,
-    *,
-    track: Track = silent,
-) -> list[LayerStats]:
-    """Statistics of the attention modules at `attention_paths` over token windows (B, T).
+def layer_moments(
+    layers: DecoderLayers, index: int, path: str, carried: Carried, entering: Stream, leaving: Stream
+) -> LayerStats:
+    """Statistics of the attention at `path` in a layer, which is run from one stream to the next.
 
-    `carried` is what each layer's features are made with. Runs the model's body only: no logits are computed.
+    `carried` is what the layer's features are made with.
     """
-    hidden_size = model.config.hidden_size
-    accumulators = [MomentAccumulator(hidden_size, c.to(model.device, torch.float32)) for c in carried]
-    batches = windows_BT.split(max(BATCH_TOKENS // windows_BT.shape[1], 1))
-    sinks = [accumulator.add for accumulator in accumulators]
-    feed_inputs(model, attention_paths, sinks, batches, label="calibrating", track=track)
-    return [accumulator.stats(layer) for layer, accumulator in enumerate(accumulators)]
+    accumulator = MomentAccumulator(layers.hidden_size, carried.to(torch.device(layers.device), torch.float32))
+    with layers.watched(path, accumulator.add):
+        leaving.write(layers.run(index, hidden_BTD) for hidden_BTD in entering.batches())
+    return accumulator.stats(index)

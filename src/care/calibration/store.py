@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint import DirectoryWriter, read_json
+from ..checkpoint import read_json
 from ..errors import BadInput
+from ..output import save_json, save_tensors
 from ..types import LayerStats
 
 EXPLANATION = "calibration.json"
@@ -69,15 +70,33 @@ class _StoredLayers(Sequence[LayerStats]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < self._num_layers:
             raise IndexError(index)
-        tensors = _load(self._directory / _layer_name(index))
-        return LayerStats(
-            int(tensors["num_tokens"]), tensors["input_moment"], tensors["input_magnitude"],
-            tensors.get("gradient_moment"), tensors.get("attention"),
-        )  # fmt: skip
+        return read_layer(self._directory / layer_name(index))
 
 
-def _layer_name(index: int) -> str:
+def layer_name(index: int) -> str:
+    """The file of a layer's statistics."""
     return f"layer-{index:05d}.safetensors"
+
+
+def read_layer(path: Path) -> LayerStats:
+    """One layer's statistics."""
+    tensors = _load(path)
+    return LayerStats(
+        int(tensors["num_tokens"]), tensors["input_moment"], tensors["input_magnitude"],
+        tensors.get("gradient_moment"), tensors.get("attention"),
+    )  # fmt: skip
+
+
+def write_layer(path: Path, stats: LayerStats) -> None:
+    """One layer's statistics; the file is complete or not there."""
+    tensors = {
+        "num_tokens": torch.tensor(stats.num_tokens),
+        "input_moment": stats.input_moment_XX,
+        "input_magnitude": stats.input_magnitude_X,
+        "gradient_moment": stats.gradient_moment_EE,
+        "attention": stats.attention_HT,
+    }
+    save_tensors(path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, {})
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -92,21 +111,10 @@ def is_calibration(path: Path) -> bool:
     return (path / EXPLANATION).is_file()
 
 
-def save_calibration(calibration: Calibration, out_dir: Path) -> None:
-    """Write statistics; the directory appears only when it is complete."""
-    with DirectoryWriter(out_dir) as writer:
-        for index, stats in enumerate(calibration.layers):
-            tensors = {
-                "num_tokens": torch.tensor(stats.num_tokens),
-                "input_moment": stats.input_moment_XX,
-                "input_magnitude": stats.input_magnitude_X,
-                "gradient_moment": stats.gradient_moment_EE,
-                "attention": stats.attention_HT,
-            }
-            tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-            writer.write_tensors(_layer_name(index), tensors, {})
-        writer.write_tensors(TOKENS, {"windows": calibration.windows_BT}, {})
-        writer.write_json(EXPLANATION, asdict(calibration.info))
+def finish_calibration(directory: Path, info: CalibrationInfo, windows_BT: Tensor) -> None:
+    """Tokens and explanation, beside the layers that are there: what makes the directory statistics."""
+    save_tensors(directory / TOKENS, {"windows": windows_BT}, {})
+    save_json(directory / EXPLANATION, asdict(info))
 
 
 def load_calibration(directory: Path) -> Calibration:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import click
 
-from ..calibration import save_calibration
-from ..checkpoint import check_output_free
-from ..conversion import STATISTICS, CalibrationRequest, calibrate
+from ..estimate import calibration_bytes
+from ..output import DirectoryWriter, check_output_free, check_space
 from ..recipe import load_recipe
 from ..source import open_source
-from .console import calibration_options, device_option, emit, json_option, parse_list, rich_track, working
+from ..statistics import STATISTICS, CalibrationRequest, calibrate, describe_run
+from .console import calibration_options, device_option, emit, json_option, parse_list, rich_track, say, working
 
 
 @click.command()
@@ -35,16 +35,19 @@ def command(
 ) -> None:
     """Run SRC over a text and save its statistics in the directory STATS.
 
-    Everything that any recipe asks for is collected, unless --recipes names those that matter.
+    Everything that any recipe asks for is collected, unless --recipes names those that matter. A run that was
+    stopped is continued by the same command.
     """
     recipes = [load_recipe(name) for name in parse_list(recipe_names, "--recipes")] if recipe_names else []
     needs = frozenset[str]({"inputs"}).union(*(recipe.needs for recipe in recipes)) if recipes else STATISTICS
     check_output_free(stats)
     source = open_source(model, device)
     with working(f"loading {model}"):
-        _ = source.model
-    result = calibrate(source, CalibrationRequest(text, samples, length, seed, context), needs, track=rich_track)
-    save_calibration(result, stats)
+        _ = source.reader
+    request = CalibrationRequest(text, samples, length, seed, context)
+    check_space(stats, calibration_bytes(source, needs, request))
+    with DirectoryWriter(stats, {**describe_run(source, request), "recipes": sorted(needs)}, say) as writer:
+        result = calibrate(source, request, needs, directory=writer.result, track=rich_track)
     info = asdict(result.info)
     tokens = result.info.num_windows * result.info.window
     emit(info, json_file, f"calibrated {tokens:,} tokens in {result.info.seconds:.1f} s, saved in {stats}")

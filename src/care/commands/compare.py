@@ -7,11 +7,11 @@ import click
 
 from ..calibration import first_windows, load_text
 from ..comparison import SOURCE, Comparison, Variant, compare
-from ..conversion import CalibrationRequest, calibrate
 from ..errors import InvalidRecipe
 from ..plan import at_budget, check_request
 from ..recipe import load_recipe, recipe_names
 from ..source import open_source
+from ..statistics import CalibrationRequest, calibrate
 from .console import (
     calibration_options,
     device_option,

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..checkpoint import writing
-from ..conversion import CalibrationRequest
 from ..errors import BadInput, InvalidRecipe
+from ..output import writing
+from ..statistics import CalibrationRequest
 
 Item = TypeVar("Item")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -95,6 +95,11 @@ def _logged(items: Iterable[Item], label: str, total: int) -> Iterable[Item]:
             click.echo(f"{label}: {done}/{total}, {(now - start) / done * (total - done):.0f} s left", err=True)
         yield item
     click.echo(f"{label}: done in {time.monotonic() - start:.1f} s", err=True)
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal, on stderr."""
+    click.echo(message, err=True)
 
 
 @contextmanager

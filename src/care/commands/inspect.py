@@ -8,17 +8,17 @@ import torch
 
 from ..checkpoint import CONVERSION_NAME, read_json
 from ..errors import BadInput, CareError
+from ..estimate import Sizes
 from ..formats import FORMATS
 from ..modeling.loading import locate
 from ..source import Source, open_source
+from ..statistics import CalibrationRequest
 from ..types import Target
 from .console import emit, json_option, out, table
 from .profile import plot_profile, profile_text
+from .prospect import cache_record, cache_table, effort_records, effort_table
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25)
-LONG_CONTEXT = 32_768
-BYTES_PER_VALUE = 2
-"""Cache sizes are stated for a 16-bit cache, whatever the weights are stored in."""
 
 
 @click.command()
@@ -28,7 +28,8 @@ BYTES_PER_VALUE = 2
 def command(model: str, plot: Path | None, json_file: str | None) -> None:
     """Show a model's attention, its cache, and what formats can take it.
 
-    SRC is a directory, a hub id or a GGUF file; a converted model shows its conversion instead.
+    SRC is a directory, a hub id or a GGUF file; of a directory only config.json is read. A converted model shows its
+    conversion instead.
     """
     provenance = locate(model).directory / CONVERSION_NAME
     if provenance.is_file():
@@ -42,12 +43,8 @@ def command(model: str, plot: Path | None, json_file: str | None) -> None:
         raise BadInput(f"{model} is not a converted model; --plot draws what conversion made of each layer")
     facts = describe(open_source(model))
     rows = [(key.replace("_", " "), str(value)) for key, value in facts.items() if not isinstance(value, list)]
-    cache_rows = [
-        (f"{row['kept']:.0%}", str(row["values_per_token"]), f"{row['bytes_per_token']:,}", f"{row['gib_at_32k']:.2f}")
-        for row in facts["cache"]
-    ]
-    cache = table("KV cache, 16 bits a value", ("kept", "values/token", "bytes/token", "GiB at 32k"), cache_rows)
-    emit(facts, json_file, table(model, ("", "value"), rows), cache)
+    tables = (cache_table(facts["cache"]), effort_table(facts["effort"]))
+    emit(facts, json_file, table(model, ("", "value"), rows), *tables)
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -59,7 +56,6 @@ def _title(report: dict[str, Any]) -> str:
 def describe(source: Source) -> dict[str, Any]:
     """Attention facts, cache sizes at some budgets, and the formats that can express an absorbed result."""
     spec = source.spec
-    values = spec.cache_width * spec.num_layers
     return {
         "model_type": source.architecture.model_type,
         "layers": spec.num_layers,
@@ -69,15 +65,9 @@ def describe(source: Source) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "cache_width_per_layer": spec.cache_width,
         "formats": ", ".join(f"{name}: {_verdict(source, name)}" for name in FORMATS),
-        "cache": [
-            {
-                "kept": budget,
-                "values_per_token": round(values * budget),
-                "bytes_per_token": round(values * budget) * BYTES_PER_VALUE,
-                "gib_at_32k": values * budget * BYTES_PER_VALUE * LONG_CONTEXT / 2**30,
-            }
-            for budget in BUDGETS
-        ],
+        "parameters": Sizes.of(source).total,
+        "cache": [cache_record(source, kept) for kept in (None, *BUDGETS)],
+        "effort": effort_records(source, CalibrationRequest("python-help")),
     }
 
 

@@ -111,9 +111,10 @@ def _weights_argument(location: Location) -> dict[str, Any]:
 def expected_shapes(location: Location) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that the config promises, without allocating any; tied ones left out."""
     try:
-        return checkpoint_shapes(transformers.AutoConfig.from_pretrained(location.directory))
+        return checkpoint_shapes(transformers.AutoConfig.from_pretrained(location.directory, **location.arguments()))
     except UNREADABLE as error:
-        raise BadInput(f"cannot make sense of {location.directory / 'config.json'}: {_first_line(error)}") from error
+        named = location.directory / (location.gguf_file or "config.json")
+        raise BadInput(f"cannot make sense of {named}: {_first_line(error)}") from error
 
 
 def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401 - a transformers config

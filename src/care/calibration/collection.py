@@ -1,0 +1,120 @@
+"""Statistics of all layers: one sweep forward and, where gradients are wanted, one back.
+
+Layers outside, batches inside. Whatever a layer gives is on disk before the next one is begun, so that a run that was
+killed goes on with the layer that it was at.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..carried import Carried
+from ..progress import Track, silent
+from ..types import AttentionWeights
+from .distances import layer_distances
+from .gradients import Tap, label_gradients, layer_gradients
+from .layers import DecoderLayers
+from .moments import layer_moments
+from .store import layer_name, read_layer, write_layer
+from .streams import Stream, batch_size
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A model's layers and where in them statistics are taken; weights are read when a layer is at hand."""
+
+    layers: DecoderLayers
+    attention_paths: Sequence[str]
+    taps: Sequence[tuple[Tap, Tap]]
+    carried: Callable[[int], Carried]
+    attention: Callable[[int], AttentionWeights]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Token windows for moments, and for what else is asked: contexts for distances, a seed for gradients."""
+
+    windows_BT: Tensor
+    contexts_BT: Tensor | None = None
+    seed: int | None = None
+
+
+class Collection:
+    """Statistics in a directory, `layer-NNNNN.safetensors` each; `streams/` is in it as long as work goes on."""
+
+    def __init__(self, model: Observed, wanted: Wanted, directory: Path) -> None:
+        self._model, self._wanted, self._directory = model, wanted, directory
+        self._work = directory / "streams"
+        self._work.mkdir(parents=True, exist_ok=True)
+        self._hidden = self._stream("hidden", wanted.windows_BT)
+        self._gradient = self._stream("gradient", wanted.windows_BT)
+        self._context = None if wanted.contexts_BT is None else self._stream("context", wanted.contexts_BT)
+
+    def _stream(self, name: str, windows_BT: Tensor) -> Stream:
+        windows, T = windows_BT.shape
+        return Stream(self._work, name, (windows, T, self._model.layers.hidden_size))
+
+    def _layer_file(self, index: int) -> Path:
+        return self._directory / layer_name(index)
+
+    def _forward_file(self, index: int) -> Path:
+        """What the sweep forward leaves of a layer: all there is of it, unless gradients follow."""
+        return self._layer_file(index) if self._wanted.seed is None else self._work / layer_name(index)
+
+    def run(self, track: Track = silent) -> None:
+        """Collect what is not there yet."""
+        self._forward(track)
+        if self._wanted.seed is not None:
+            self._backward(self._wanted.seed, track)
+        shutil.rmtree(self._work)
+
+    def _forward(self, track: Track) -> None:
+        L = len(self._model.layers)
+        done = [self._layer_file(i).is_file() or self._forward_file(i).is_file() for i in range(L)]
+        first = next((index for index, there in enumerate(done) if not there), L)
+        if first == 0:
+            self._embed()
+        for index in track(range(first, L), label="calibrating", total=L - first):
+            self._forward_layer(index)
+
+    def _embed(self) -> None:
+        for stream, tokens_BT in ((self._hidden, self._wanted.windows_BT), (self._context, self._wanted.contexts_BT)):
+            if stream is not None and tokens_BT is not None:
+                stream.write(self._model.layers.embed(tokens_BT.split(batch_size(tokens_BT.shape[1]))))
+
+    def _forward_layer(self, index: int) -> None:
+        model, path = self._model, self._model.attention_paths[index]
+        here, after = self._hidden.at(index), self._hidden.at(index + 1)
+        with model.layers.holding(index):
+            stats = layer_moments(model.layers, index, path, model.carried(index), here, after)
+            if self._context is not None:
+                entering, leaving = self._context.at(index), self._context.at(index + 1)
+                share_HT = layer_distances(model.layers, index, path, model.attention(index), entering, leaving)
+                stats = replace(stats, attention_HT=share_HT)
+        write_layer(self._forward_file(index), stats)
+        if self._context is not None:
+            self._context.at(index).remove()
+        if self._wanted.seed is None:
+            here.remove()
+
+    def _backward(self, seed: int, track: Track) -> None:
+        L = len(self._model.layers)
+        left = next((i + 1 for i in reversed(range(L)) if not self._layer_file(i).is_file()), 0)
+        if left == L and not self._gradient.at(L).exists:
+            label_gradients(self._model.layers, self._hidden.at(L), self._gradient.at(L), seed)
+        for index in track(reversed(range(left)), label="reading gradients", total=left):
+            self._backward_layer(index)
+
+    def _backward_layer(self, index: int) -> None:
+        model, here, after = self._model, self._gradient.at(index), self._gradient.at(index + 1)
+        with model.layers.holding(index):
+            moment_EE = layer_gradients(
+                model.layers, index, model.taps[index], self._hidden.at(index), after, here
+            )  # fmt: skip
+        stats = read_layer(self._forward_file(index))
+        write_layer(self._layer_file(index), replace(stats, gradient_moment_EE=moment_EE))
+        for file in (self._forward_file(index), after.path, self._hidden.at(index + 1).path):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""Hidden states between two layers, in files: what a model of any size needs while its layers run one at a time.
+
+A file gets its name when it is complete, so that a run that was killed can start again from it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..output import writing
+
+BATCH_TOKENS = 1024
+"""Tokens that go through a layer at a time: their activations, gradients and logits are in memory."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Hidden states or their gradients (windows, T, D) in fp32 at the entry of layer `layer`."""
+
+    directory: Path
+    name: str
+    shape: tuple[int, int, int]
+    layer: int = 0
+
+    @property
+    def path(self) -> Path:
+        """The file, once it is complete."""
+        return self.directory / f"{self.name}-{self.layer:05d}.fp32"
+
+    @property
+    def exists(self) -> bool:
+        """Whether all of it is there."""
+        return self.path.is_file() and self.path.stat().st_size == 4 * math.prod(self.shape)
+
+    def at(self, layer: int) -> "Stream":
+        """The same windows at the entry of another layer."""
+        return Stream(self.directory, self.name, self.shape, layer)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Batches (B, T, D) in order."""
+        windows, T, D = self.shape
+        size = batch_size(T)
+        for first in range(0, windows, size):
+            count = min(size, windows - first)
+            values = np.fromfile(self.path, dtype=np.float32, count=count * T * D, offset=4 * first * T * D)
+            yield torch.from_numpy(values).view(count, T, D)
+
+    def write(self, batches: Iterable[Tensor]) -> None:
+        """All batches in order; the file appears when the last one is written."""
+        part = self.path.with_suffix(".part")
+        with writing(self.path):
+            file = part.open("wb")
+        with file:
+            for batch_BTD in batches:
+                values = batch_BTD.detach().to("cpu", torch.float32).contiguous().numpy()
+                with writing(self.path):
+                    file.write(values.data)
+        part.replace(self.path)
+
+    def remove(self) -> None:
+        """Free the disk."""
+        self.path.unlink(missing_ok=True)
+
+
+def batch_size(window: int) -> int:
+    """How many windows go through a layer at a time."""
+    return max(BATCH_TOKENS // window, 1)

@@ -1,0 +1,111 @@
+"""Calibration of a source: what was asked, taken from a text or from the disk."""
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from .calibration import (
+    EXPLANATION,
+    Calibration,
+    CalibrationInfo,
+    Collection,
+    Wanted,
+    finish_calibration,
+    first_windows,
+    is_calibration,
+    load_calibration,
+    load_text,
+    sampled_windows,
+)
+from .errors import BadInput
+from .progress import Track, silent
+from .source import Source
+from .version import __version__
+
+STATISTICS = frozenset({"inputs", "gradients", "distances"})
+"""Everything that calibration can collect."""
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What to calibrate on: a text by name or file and how much of it, or a directory of saved statistics.
+
+    Attention distances are taken on windows of `context` tokens from the start of the text, as long as the
+    contexts that will be served: `num_contexts` of them, fewer where the text is shorter.
+    """
+
+    text: str
+    num_windows: int = 128
+    window: int = 256
+    seed: int = 42
+    context: int = 1024
+    num_contexts: int = 8
+
+
+def calibrate(
+    source: Source,
+    request: CalibrationRequest,
+    needs: frozenset[str] = frozenset({"inputs"}),
+    *,
+    directory: Path | None = None,
+    track: Track = silent,
+) -> Calibration:
+    """Statistics of every layer on windows sampled from the text, or saved ones, checked to fit the source.
+
+    With a `directory` they are saved there as they are taken, and a run that was killed is continued.
+    """
+    if is_calibration(Path(request.text)):
+        calibration = load_calibration(Path(request.text))
+        if calibration.info.fingerprint != source.fingerprint:
+            raise BadInput(f"{request.text} was calibrated on {calibration.info.source}, not on {source.name}")
+        return calibration
+    if directory is not None:
+        return _collected(source, request, needs, directory, track)
+    with TemporaryDirectory(prefix="care-") as temporary:
+        calibration = _collected(source, request, needs, Path(temporary), track)
+        return replace(calibration, layers=list(calibration.layers))
+
+
+def _collected(
+    source: Source, request: CalibrationRequest, needs: frozenset[str], directory: Path, track: Track
+) -> Calibration:
+    """Statistics collected in a directory, unless they are there."""
+    if is_calibration(directory):
+        return load_calibration(directory)
+    start = time.perf_counter()
+    wanted = _wanted(source, request, needs)
+    Collection(source.observed, wanted, directory).run(track)
+    info = CalibrationInfo(
+        source=source.name, fingerprint=source.fingerprint, text=request.text, num_windows=request.num_windows,
+        window=request.window, seed=request.seed, num_layers=source.spec.num_layers,
+        seconds=time.perf_counter() - start, context=0 if wanted.contexts_BT is None else request.context,
+    )  # fmt: skip
+    finish_calibration(directory, info, wanted.windows_BT)
+    return load_calibration(directory)
+
+
+def _wanted(source: Source, request: CalibrationRequest, needs: frozenset[str]) -> Wanted:
+    """Windows of the text, and what is asked of them."""
+    tokens_T = source.tokens(load_text(request.text))
+    windows_BT = sampled_windows(tokens_T, request.window, request.num_windows, request.seed)
+    contexts_BT = None
+    if "distances" in needs:
+        num_contexts = max(min(request.num_contexts, len(tokens_T) // max(request.context, 1)), 1)
+        contexts_BT = first_windows(tokens_T, request.context, num_contexts)
+    return Wanted(windows_BT, contexts_BT, request.seed if "gradients" in needs else None)
+
+
+def describe_run(source: Source, request: CalibrationRequest) -> dict[str, Any]:
+    """What decides about the bytes of statistics, as far as it can change between two runs."""
+    text = Path(request.text)
+    explained = text / EXPLANATION if is_calibration(text) else text
+    content = explained.read_bytes() if explained.is_file() else b""
+    return {
+        "version": f"{__version__}, torch {torch.__version__}", "source": source.identity, "device": source.device,
+        "calibration": asdict(request), "text": hashlib.sha256(content).hexdigest(),
+    }  # fmt: skip
