@@ -9,9 +9,9 @@ PACKAGE = Path(care.__file__).parent
 
 LAYERS = (
     {"errors", "carried", "types", "progress", "version"},
-    {"linalg", "rope", "attention", "checkpoint"},
+    {"linalg", "rope", "attention", "checkpoint", "engines"},
     {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats", "refit"},
-    {"prefix", "recipe", "source", "plan", "conversion", "comparison", "folding", "modeling", "evaluation"},
+    {"prefix", "recipe", "source", "plan", "conversion", "comparison", "folding", "modeling", "evaluation", "export"},
     {"cli", "commands"},
     {"__init__", "__main__"},
 )
