@@ -60,11 +60,14 @@ def read_tokenizer(directory: Path, vocab_size: int) -> GgufTokenizer:
     if not file.is_file():
         raise BadInput(f"{directory} has no tokenizer.json; save its tokenizer with transformers first")
     content = read_json(file)
+    pre = pre_tokenizer_name(content)
     tokens, kinds = _tokens(content, vocab_size)
+    if not content["model"].get("merges"):
+        raise UnsupportedModel(f"the tokenizer of {directory} has no merges, and llama.cpp does not load such a file")
     special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocab_size)
     # llama.cpp's own defaults differ by pre-tokenizer, so both are written out.
     special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
-    return GgufTokenizer(pre_tokenizer_name(content), tokens, kinds, special)
+    return GgufTokenizer(pre, tokens, kinds, special)
 
 
 def _tokens(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
