@@ -6,6 +6,7 @@ predict, probs), texts to tokenize, and conversations to put through the chat te
 """
 
 import json
+import os
 import sys
 import urllib.request
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from typing import Any
 import xllamacpp  # pyright: ignore[reportMissingImports]
 
 CACHES = {"f32": "GGML_TYPE_F32", "f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0"}
+SECONDS = 600
 LOG_MEMORY = 5
 """Least verbosity at which llama.cpp says how large its buffers are."""
 
@@ -36,7 +38,7 @@ def post(server: Any, path: str, content: dict[str, Any]) -> dict[str, Any]:  # 
     """What the Python binding has no method for goes over HTTP."""
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.listening_address + path, json.dumps(content).encode(), headers)
-    with urllib.request.urlopen(request) as answer:
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
         return json.load(answer)
 
 
@@ -71,7 +73,9 @@ def main() -> None:
             for messages in request.get("conversations", ())
         ],
     }
-    print(json.dumps(answer))
+    print(json.dumps(answer), flush=True)
+    # The server's own shutdown waits forever now and then.
+    os._exit(0)
 
 
 if __name__ == "__main__":
