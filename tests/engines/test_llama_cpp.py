@@ -117,7 +117,8 @@ def test_small_types_keep_the_latent(tiny: TinyModels, tmp_path: Path, quantizat
 
 TEXTS = [
     "Hello world", " leading  and   inner spaces ", "it's I'LL we've", "year 2024, 1234567 x9",
-    "tabs\tand\nnew\r\n\nlines  \n", "na\u00efve cafe\u0301", "\u6771\u4eac \u306f\u9ad8\u3044", "\u041f\u0440\u0438, \u043c\u0438\u0440!",
+    "tabs\tand\nnew\r\n\nlines  \n", "na\u00efve cafe\u0301", "\u6771\u4eac \u306f\u9ad8\u3044",
+    "\u041f\u0440\u0438, \u043c\u0438\u0440!",
     "emoji \U0001f999\U0001f3fd ok", "a/b\\c {x: [1, 2]}", "ALLCaps camelCase", "\u00bd \u00b2", "<s>not bos</s>",
 ]  # fmt: skip
 
