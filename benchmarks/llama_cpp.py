@@ -24,7 +24,9 @@ from care.modeling.loading import load_model, load_tokenizer, locate, logits, to
 ROOT = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("CARE_LLAMA_PYTHON", ROOT / ".venv-llama" / "bin" / "python"))
 PROMPTS = ("The three primary colors are", "In 1969, the first humans landed on", "def fibonacci(n):\n    ")
-NEW_TOKENS, POSITIONS = 32, 128
+NEW_TOKENS, POSITIONS = 32, 64
+LIKELY = 1e-3
+"""Least probability of a token that counts as likely."""
 CONTEXT, DECODED, ROUNDS = 4096, 64, 2
 RUNS = (("f32", "f32", False), ("f32", "f16", True), ("f16", "f16", True), ("bf16", "f16", True), ("q8_0", "f16", True))
 """Weights, cache, and whether llama.cpp may use its flash attention."""
@@ -78,21 +80,23 @@ def measure(file: Path, cache: str, expected: Reference, *, flash: bool) -> dict
     made = [completion["ids"] for completion in answer["completions"][: len(greedy)]]
     differences: list[torch.Tensor] = []
     nll: list[float] = []
+    kept: list[int] = []
     for t, completion in enumerate(answer["completions"][len(greedy) :]):
         if not completion["top"]:
             continue  # llama.cpp reports no probabilities where its token is part of a character
+        kept.append(t)
         top = completion["top"][0]
         row_V = torch.tensor([top.get(str(i), float("nan")) for i in range(vocabulary)], dtype=torch.float64)
         differences.append((row_V - expected.logprobs_TV[t]).abs())
         nll.append(float(expected.logprobs_TV[t, expected.text[t + 1]] - row_V[expected.text[t + 1]]))
     differences_TV = torch.stack(differences)
-    likely_TV = differences_TV[expected.logprobs_TV[: len(differences)].exp() > 1e-3]
+    likely_TV = differences_TV[expected.logprobs_TV[kept].exp() > LIKELY]
     return {
         "greedy_tokens_alike": [agreement(m, g) for m, g in zip(made, expected.greedy, strict=True)],
         "positions": len(differences),
         "largest_logprob_difference": float(differences_TV.max()),
         "mean_logprob_difference": float(differences_TV.mean()),
-        "mean_logprob_difference_above_1e-3": float(likely_TV.mean()),
+        "mean_logprob_difference_of_likely_tokens": float(likely_TV.mean()),
         "nll_minus_transformers": sum(nll) / len(nll),
         "kv_mib_at_4096": kv_mib(log),
     }

@@ -51,7 +51,8 @@ def complete(server: Any, job: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN40
     return {
         "ids": answer["tokens"],
         "top": [
-            {top["id"]: top["logprob"] for top in token["top_logprobs"]} for token in answer["completion_probabilities"]
+            {top["id"]: top["logprob"] for top in token["top_logprobs"]}
+            for token in answer.get("completion_probabilities", ())
         ],
         "timings": answer["timings"],
     }
