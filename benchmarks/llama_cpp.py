@@ -24,7 +24,7 @@ from care.modeling.loading import load_model, load_tokenizer, locate, logits, to
 ROOT = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("CARE_LLAMA_PYTHON", ROOT / ".venv-llama" / "bin" / "python"))
 PROMPTS = ("The three primary colors are", "In 1969, the first humans landed on", "def fibonacci(n):\n    ")
-NEW_TOKENS, POSITIONS = 32, 64
+NEW_TOKENS, POSITIONS = 32, 48
 LIKELY = 1e-3
 """Least probability of a token that counts as likely."""
 CONTEXT, DECODED, ROUNDS = 4096, 64, 2
@@ -58,17 +58,19 @@ def reference(checkpoint: str, text: str) -> Reference:
     model, tokenizer = load_model(location, dtype=torch.float32), load_tokenizer(location)
     prompts = [tokenize(tokenizer, prompt) for prompt in PROMPTS]
     tokens = tokenize(tokenizer, load_text(text))[: POSITIONS + 1]
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     with torch.inference_mode():
         made = [model.generate(p[None], attention_mask=torch.ones_like(p[None]), **options)[0] for p in prompts]
         logprobs_TV = logits(model, tokens[None, :-1])[0].double().log_softmax(-1)
-    greedy = [m[len(p) :].tolist() for m, p in zip(made, prompts, strict=True)]
+    # llama.cpp goes on after an end token, and is compared up to there.
+    ends = model.generation_config.eos_token_id
+    greedy = [m[len(p) : -1 if int(m[-1]) == ends else None].tolist() for m, p in zip(made, prompts, strict=True)]
     return Reference([p.tolist() for p in prompts], greedy, tokens.tolist(), logprobs_TV)
 
 
 def agreement(ours: list[int], theirs: list[int]) -> int:
     """Tokens up to the first that differs."""
-    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs))
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
 
 
 def measure(file: Path, cache: str, expected: Reference, *, flash: bool) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def measure(file: Path, cache: str, expected: Reference, *, flash: bool) -> dict
     differences_TV = torch.stack(differences)
     likely_TV = differences_TV[expected.logprobs_TV[kept].exp() > LIKELY]
     return {
+        "greedy_tokens": [len(tokens) for tokens in expected.greedy],
         "greedy_tokens_alike": [agreement(m, g) for m, g in zip(made, expected.greedy, strict=True)],
         "positions": len(differences),
         "largest_logprob_difference": float(differences_TV.max()),

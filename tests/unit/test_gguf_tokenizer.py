@@ -40,7 +40,9 @@ KNOWN = {
 UNKNOWN = {
     "no merges of whole words": content(sequence(WORDS, {**BYTES, "use_regex": False})),
     "other words": content(sequence({**WORDS, "pattern": {"Regex": r"\w+"}}, BYTES), ignore_merges=True),
-    "removed words": content(sequence({**WORDS, "behavior": "Removed"}, {**BYTES, "use_regex": False})),
+    "removed words": content(
+        sequence({**WORDS, "behavior": "Removed"}, {**BYTES, "use_regex": False}), ignore_merges=True
+    ),
     "digits together": content(sequence({**DIGITS, "individual_digits": False}, BYTES)),
     "a space in front": content({**BYTES, "add_prefix_space": True}),
     "none": content(None),
