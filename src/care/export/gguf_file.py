@@ -4,12 +4,12 @@ llama.cpp decodes latent attention as multi-query attention over the cached late
 keys and values split and the key's half transposed, so that queries are absorbed by one product per head. Its rotary
 pairs are interleaved, as the format's are, and it has one eps for all norms: nothing else is changed.
 
-Everything but the queries' and keys' norm is stored as asked for, with three exceptions:
+Matrices are stored as asked for, with three exceptions; vectors are always fp32:
 
-* vectors stay in fp32: the engine wants that;
 * the down-projection of the latent is scaled so far down (formats/deepseek.py) that fp16, and the fp16 scales of the
   block types, would make it zero: it stays in bf16, or in fp32 beside fp16 weights;
-* rows that are not whole blocks of 32 stay in fp16, as in llama.cpp's own converter.
+* rows that are not whole blocks of 32 stay in fp16, as in llama.cpp's own converter;
+* embedding and head stay in q8_0 beside smaller types.
 """
 
 import os
