@@ -6,7 +6,9 @@ STAMP := $(VENV)/.installed
 QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 CARE_SOURCES := src tests benchmarks examples
 
-.PHONY: setup demo test check format clean
+LLAMA_VENV := .venv-llama
+
+.PHONY: setup demo test engines-llama check format clean
 
 setup: $(STAMP)
 
@@ -26,6 +28,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
 
+# llama.cpp itself, as a wheel that is already compiled, in an environment of its own. Its tests run exported files.
+$(LLAMA_VENV)/.installed:
+	test -x $(LLAMA_VENV)/bin/python || $(PYTHON) -m venv $(LLAMA_VENV)
+	$(LLAMA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: xllamacpp==2026.10.11549
+	touch $@
+
+engines-llama: $(STAMP) $(LLAMA_VENV)/.installed
+	$(VENV)/bin/python -m pytest -rs tests/engines/test_llama_cpp.py
+
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check $(CARE_SOURCES)
 	$(VENV)/bin/ruff check $(CARE_SOURCES)
@@ -37,4 +48,4 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix $(CARE_SOURCES)
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(LLAMA_VENV) demo-out

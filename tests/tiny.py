@@ -262,11 +262,12 @@ def build_checkpoint(directory: Path, options: dict[str, Any]) -> Path:
 
 
 def save_tokenizer(directory: Path) -> None:
-    """One token per byte, in transformers' own files."""
+    """One token per byte, in transformers' own files; two zero bytes are one, as llama.cpp wants a merge."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<s>", "</s>", "<pad>"]
-    vocabulary = {token: i for i, token in enumerate([*letters, *special])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    zero = "\u0100"
+    vocabulary = {token: i for i, token in enumerate([*letters, *special, zero + zero])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(zero, zero)]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(

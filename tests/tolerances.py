@@ -30,6 +30,9 @@ TOLERANCES = {
     "deepseek logits": Tolerance(
         2e-4, 1e-5, "fp32 logits, plus a latent norm that is linear up to 5e-7 (half of LATENT_HEADROOM)"
     ),
+    "llama.cpp log-probabilities": Tolerance(
+        1e-3, 1e-4, "log-probabilities to -20 of logits of size 1-10, softmax summed in fp32, other kernels"
+    ),
     "smollm2 logits": Tolerance(2e-3, 0.0, "30 layers in fp32, logits of size 10-30"),
 }
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "evaluate",
     "compare": "compare",
     "generate": "generate",
+    "export": "export",
 }
 """Command name to module in care.commands."""
 

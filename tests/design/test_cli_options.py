@@ -19,6 +19,7 @@ OPTIONS = {
     "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
     "compare": ["model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, *TEXT, "--device", "--json"],
     "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
+    "export": ["model", "file", "--to", "--quantize", "--json"],
 }  # fmt: skip
 
 

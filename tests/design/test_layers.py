@@ -9,7 +9,7 @@ PACKAGE = Path(care.__file__).parent
 
 LAYERS = (
     {"errors", "carried", "types", "progress", "version"},
-    {"linalg", "rope", "attention", "checkpoint", "output"},
+    {"linalg", "rope", "attention", "checkpoint", "engines", "output"},
     {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats", "refit"},
     {
         "prefix",
@@ -24,6 +24,7 @@ LAYERS = (
         "folding",
         "modeling",
         "evaluation",
+        "export",
     },
     {"cli", "commands"},
     {"__init__", "__main__"},

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import care.cli
 import care.conversion
 from care.recipe import recipe_names
-from tiny import NUM_WINDOWS, WINDOW, TinyModels
+from tiny import NUM_WINDOWS, WINDOW, Case, TinyModels
 from tolerances import assert_numbers
 
 SAMPLES = ("--samples", str(NUM_WINDOWS), "--length", str(WINDOW), "--context", str(2 * WINDOW))
@@ -493,7 +493,9 @@ def test_convert_inspect_eval_generate(tiny: TinyModels, care_main: Run, tmp_pat
     report = care_main("convert", source, out, "--recipe", "care-u", "--calibration", stats, "--json", "-").json
     assert report["recipe"]["name"] == "care-u"
     assert report["mean_cache_width"] == 16
-    assert care_main("inspect", out, "--json", "-").json == report
+    inspected = care_main("inspect", out, "--json", "-").json
+    assert inspected.pop("engines")["transformers"] == "no (call care.register() first)"
+    assert inspected == report
     assert json.loads((out / "conversion.json").read_text()) == report
 
     measured = care_main(
@@ -557,6 +559,44 @@ def test_an_engine_and_another_format_are_refused(tiny: TinyModels, care_main: R
     out = tmp_path / "out"
     outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--for", "vllm", "--format", "native")
     assert_refused(outcome, "--for vllm needs --format deepseek", out)
+
+
+EXPORT_OPTIONS: dict[str, tuple[list[str], str]] = {
+    "k-quant": (["--quantize", "q4_k_m"], "export with --quantize bf16, then run llama-quantize"),
+    "unknown type": (["--quantize", "int7"], "--quantize 'int7' is unknown (known: f32, bf16, f16, q8_0"),
+}
+
+
+@pytest.mark.parametrize("name", list(EXPORT_OPTIONS))
+def test_export_types_that_cannot_be_had(tiny: TinyModels, care_main: Run, tmp_path: Path, name: str) -> None:
+    options, words = EXPORT_OPTIONS[name]
+    model = tiny.converted(Case("llama-gqa", "care-mla", 0.5, "absorbed", "deepseek"))
+    assert_refused(care_main("export", model, tmp_path / "f.gguf", *options), words, tmp_path / "f.gguf")
+
+
+def test_export(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    """A file once, never over another; other formats are told what to do."""
+    file = tmp_path / "f.gguf"
+    model = tiny.converted(Case("llama-gqa", "care-mla", 0.5, "absorbed", "deepseek"))
+    said = care_main("export", model, file, "--quantize", "Q8_0", "--json", "-").json
+    assert (said["quantization"], said["num_bytes"]) == ("q8_0", file.stat().st_size)
+    again = care_main("export", model, file)
+    assert (again.code, "f.gguf exists; name a new file" in again.stderr) == (EXIT_ERROR, True)
+    native = tiny.converted(Case("llama-gqa", "care-mla", 0.5, "absorbed", "native"))
+    out = tmp_path / "other.gguf"
+    assert_refused(care_main("export", native, out), "convert with --recipe best-deepseek --format deepseek", out)
+    assert_refused(care_main("export", tiny.directory("llama-gqa"), out), "llama is not a converted model's", out)
+    assert_refused(care_main("export", tmp_path, out), "is not a converted model's directory", out)
+    outside = tmp_path / "absent" / "f.gguf"
+    assert_refused(care_main("export", model, outside), "cannot write", outside, worked=True)
+
+
+def test_inspect_says_which_engine(tiny: TinyModels, care_main: Run) -> None:
+    model = tiny.converted(Case("llama-gqa", "care-mla", 0.5, "absorbed", "deepseek"))
+    assert care_main("inspect", model, "--json", "-").json["engines"]["llama.cpp"] == "yes"
+    assert "rank + rope is 16, it has kernels for" in care_main("inspect", model).stdout
+    of_source = care_main("inspect", tiny.directory("mistral-window"), "--json", "-").json["engines"]
+    assert of_source["llama.cpp"].startswith("no (format deepseek has no sliding window")
 
 
 def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:

@@ -1,12 +1,15 @@
 """care inspect: what a model is and what conversion would save, from its config alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from rich.table import Table
 
 from ..checkpoint import CONVERSION_NAME, read_json
+from ..engines import engine_prospects, engine_verdicts
 from ..errors import BadInput, CareError
 from ..estimate import Sizes
 from ..formats import FORMATS
@@ -26,7 +29,7 @@ BUDGETS = (1.0, 0.75, 0.5, 0.25)
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw a converted model's rank profile as PNG.")
 @json_option
 def command(model: str, plot: Path | None, json_file: str | None) -> None:
-    """Show a model's attention, its cache, and what formats can take it.
+    """Show a model's attention, its cache, and what formats and engines can take it.
 
     SRC is a directory, a hub id or a GGUF file; of a directory only config.json is read. A converted model shows its
     conversion instead.
@@ -34,7 +37,9 @@ def command(model: str, plot: Path | None, json_file: str | None) -> None:
     provenance = locate(model).directory / CONVERSION_NAME
     if provenance.is_file():
         report = read_json(provenance)
-        emit(report, json_file, _title(report), profile_text(report))
+        engines = engine_verdicts(read_json(provenance.with_name("config.json")))
+        shown = (_title(report), profile_text(report), _engine_table("takes this checkpoint", engines))
+        emit({**report, "engines": engines}, json_file, *shown)
         if plot:
             plot_profile(report, plot)
             out.print(f"wrote {plot}")
@@ -42,9 +47,18 @@ def command(model: str, plot: Path | None, json_file: str | None) -> None:
     if plot:
         raise BadInput(f"{model} is not a converted model; --plot draws what conversion made of each layer")
     facts = describe(open_source(model))
-    rows = [(key.replace("_", " "), str(value)) for key, value in facts.items() if not isinstance(value, list)]
-    tables = (cache_table(facts["cache"]), effort_table(facts["effort"]))
+    rows = [(key.replace("_", " "), str(value)) for key, value in facts.items() if not isinstance(value, list | dict)]
+    engines = _engine_table("takes a conversion of it", facts["engines"])
+    tables = (cache_table(facts["cache"]), effort_table(facts["effort"]), engines)
     emit(facts, json_file, table(model, ("", "value"), rows), *tables)
+
+
+def _engine_table(claim: str, engines: Mapping[str, str]) -> Table:
+    """One row per engine; the text may wrap."""
+    made = Table("engine", claim)
+    for row in engines.items():
+        made.add_row(*row)
+    return made
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -56,6 +70,7 @@ def _title(report: dict[str, Any]) -> str:
 def describe(source: Source) -> dict[str, Any]:
     """Attention facts, cache sizes at some budgets, and the formats that can express an absorbed result."""
     spec = source.spec
+    refusals = {name: _refusal(source, name) for name in FORMATS}
     return {
         "model_type": source.architecture.model_type,
         "layers": spec.num_layers,
@@ -64,15 +79,18 @@ def describe(source: Source) -> dict[str, Any]:
         "key_value_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "cache_width_per_layer": spec.cache_width,
-        "formats": ", ".join(f"{name}: {_verdict(source, name)}" for name in FORMATS),
+        "formats": ", ".join(
+            f"{name}: {f'no ({refusal})' if refusal else 'yes'}" for name, refusal in refusals.items()
+        ),
+        "engines": engine_prospects(spec, refusals["deepseek"]),
         "parameters": Sizes.of(source).total,
         "cache": [cache_record(source, kept) for kept in (None, *BUDGETS)],
         "effort": effort_records(source, CalibrationRequest("python-help")),
     }
 
 
-def _verdict(source: Source, name: str) -> str:
-    """Whether a format can hold one rope slot per source frequency, the least that recipes ask."""
+def _refusal(source: Source, name: str) -> str | None:
+    """Why a format cannot hold one rope slot per source frequency, the least that recipes ask; None if it can."""
     target = Target(
         config=source.config, spec=source.spec, mode="absorbed", slot_frequencies=source.spec.shared_frequencies,
         deepseek_body=source.architecture.deepseek_body, dtype=torch.bfloat16,
@@ -80,5 +98,5 @@ def _verdict(source: Source, name: str) -> str:
     try:
         FORMATS[name].check(target)
     except CareError as error:
-        return f"no ({error})"
-    return "yes"
+        return str(error)
+    return None
