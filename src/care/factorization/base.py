@@ -105,14 +105,16 @@ def _targets(method: Factorizer, weights: AttentionWeights, split: KeySplit, sta
     return Targets(split.rest_MX, values_EX, split.error_EM, method.metric(stats))
 
 
-def _problems(method: Factorizer, targets: Targets, stats: LayerStats | None) -> list[_Problem]:
+def _parts(output_MM: Tensor | None, num_keys: int) -> tuple[Tensor | None, Tensor | None]:
+    """The output metric's blocks of keys and of values."""
+    return (None, None) if output_MM is None else (output_MM[:num_keys, :num_keys], output_MM[num_keys:, num_keys:])
+
+
+def _problems(method: Factorizer, targets: Targets, output_MM: Tensor | None) -> list[_Problem]:
     """One problem for a joint latent, else one for keys and one for values."""
-    output_MM = method.output_metric(targets, stats)
     if method.joint:
         return [_Problem(targets.stacked, targets.metric_XX, output_MM)]
-    M = len(targets.keys_MX)
-    parts = (None, None) if output_MM is None else (output_MM[:M, :M], output_MM[M:, M:])
-    maps = (targets.keys_MX, targets.values_EX)
+    maps, parts = (targets.keys_MX, targets.values_EX), _parts(output_MM, len(targets.keys_MX))
     return [_Problem(w, targets.metric_XX, part) for w, part in zip(maps, parts, strict=True)]
 
 
@@ -120,7 +122,8 @@ def layer_energies(
     method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats | None
 ) -> tuple[Tensor, ...]:
     """What an allocator sees: squared singular values of a joint latent, or those of keys and of values."""
-    problems = _problems(method, _targets(method, weights, split, stats), stats)
+    targets = _targets(method, weights, split, stats)
+    problems = _problems(method, targets, method.output_metric(targets, stats))
     return tuple(problem.energies() for problem in problems)
 
 
@@ -135,7 +138,8 @@ def factorize(
     """
     targets = _targets(method, weights, split, stats)
     wanted = (ranks.value_rank,) if method.joint else (ranks.key_rank, ranks.value_rank)
-    problems = _problems(method, targets, stats)
+    output_MM = method.output_metric(targets, stats)
+    problems = _problems(method, targets, output_MM)
     solved = [problem.solve(rank) for problem, rank in zip(problems, wanted, strict=True)]
     M = len(targets.keys_MX)
     if method.joint:
@@ -143,8 +147,7 @@ def factorize(
         key_down, key_up, value_down, value_up = down_RX, up_MR[:M], down_RX, up_MR[M:]
     else:
         ((key_down, key_up), (value_down, value_up)) = solved
-    output_MM = method.output_metric(targets, stats)
-    key_part, value_part = (None, None) if output_MM is None else (output_MM[:M, :M], output_MM[M:, M:])
+    key_part, value_part = _parts(output_MM, M)
     return Factors(
         latent=_assemble(weights, split, torch.cat([down for down, _ in solved]), key_up, value_up),
         keys=_lost(targets.keys_MX, key_up @ key_down, targets.metric_XX, key_part),
