@@ -1,4 +1,4 @@
-"""What a conversion costs beside the bare forward passes over the same tokens.
+"""What conversions cost beside the bare forward passes over the same tokens, and beside each other.
 
 Usage: python benchmarks/cost.py SRC TEXT RESULT.json
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from care.calibration import load_text, sampled_windows
 from care.calibration.streams import BATCH_TOKENS
 from care.source import Source
 
-ROUNDS = 2
+ROUNDS = 3
 REQUEST = {"num_windows": 128, "window": 256, "seed": 42}
-RECIPE, KV_BUDGET = "care-u", 0.5
+KV_BUDGET = 0.5
+BASELINE, OURS = "care-u", "best"
 
 
 def forward_passes(source: Source, text: str) -> dict[str, float]:
@@ -47,18 +49,18 @@ def forward_passes(source: Source, text: str) -> dict[str, float]:
     return seconds
 
 
-def conversion(source: Source, text: str) -> dict[str, float]:
-    """Calibrate, factorize and write."""
-    start = time.perf_counter()
-    stats = calibrate(source, CalibrationRequest(text, **REQUEST))
+def conversion(recipe_name: str, source: Source, text: str) -> dict[str, float]:
+    """Calibrate, plan, factorize and write."""
+    recipe, start = load_recipe(recipe_name), time.perf_counter()
+    stats = calibrate(source, CalibrationRequest(text, **REQUEST), recipe.needs)
     calibrated = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        convert(plan_conversion(source, load_recipe(RECIPE), KV_BUDGET, stats), Path(directory) / "model")
+        convert(plan_conversion(source, recipe, KV_BUDGET, stats), Path(directory) / "model")
     end = time.perf_counter()
     return {"calibrate": calibrated - start, "factorize_and_write": end - calibrated, "total": end - start}
 
 
-ROWS = {"forward": forward_passes, "convert": conversion}
+ROWS = {"forward": forward_passes, BASELINE: partial(conversion, BASELINE), OURS: partial(conversion, OURS)}
 
 
 def run_row(row: str, source_name: str, text: str) -> None:
@@ -92,7 +94,7 @@ def main(source_name: str, text: str, result: Path) -> None:
         for row, done in runs.items()
     }
     peaks = {row: max(r["peak_bytes"] for r in done) for row, done in runs.items()}
-    model_bytes = runs["convert"][0]["model_bytes"]
+    model_bytes = runs[BASELINE][0]["model_bytes"]
     summary: dict[str, Any] = {
         "care": __version__,
         "hardware": {
@@ -100,21 +102,24 @@ def main(source_name: str, text: str, result: Path) -> None:
             "cores": os.cpu_count(),
             "torch": torch.__version__,
         },
-        "recipe": RECIPE,
         "kv_budget": KV_BUDGET,
         "calibration": REQUEST,
         "rounds": ROUNDS,
         "median_seconds": medians,
-        "time_ratio_to_body": medians["convert"]["total"] / medians["forward"]["body"],
-        "time_ratio_to_forward": medians["convert"]["total"] / medians["forward"]["with_logits"],
+        "time_ratio": {
+            f"{BASELINE} to body": medians[BASELINE]["total"] / medians["forward"]["body"],
+            f"{BASELINE} to forward": medians[BASELINE]["total"] / medians["forward"]["with_logits"],
+            f"{OURS} to {BASELINE}": medians[OURS]["total"] / medians[BASELINE]["total"],
+        },
         "model_bytes": model_bytes,
         "peak_bytes": peaks,
-        "peak_over_model_bytes": peaks["convert"] - model_bytes,
+        "peak_over_model_bytes": {name: peaks[name] - model_bytes for name in (BASELINE, OURS)},
     }
     result.write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"time: {summary['time_ratio_to_forward']:.2f} of the forward passes")
-    print(f"time: {summary['time_ratio_to_body']:.2f} of the forward passes without logits")
-    print(f"peak memory: the model plus {summary['peak_over_model_bytes'] / 2**30:.2f} GiB")
+    for name, ratio in summary["time_ratio"].items():
+        print(f"time of {name}: {ratio:.2f}")
+    for name, peak in summary["peak_over_model_bytes"].items():
+        print(f"peak memory of {name}: the model plus {peak / 2**30:.2f} GiB")
 
 
 if __name__ == "__main__":

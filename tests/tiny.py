@@ -227,11 +227,21 @@ def attention_passes(model: Any, tokens_BT: Tensor) -> list[Passed]:
 
 
 def collected(
-    model: Observed, windows_BT: Tensor, contexts_BT: Tensor | None = None, seed: int | None = None
+    model: Observed,
+    windows_BT: Tensor,
+    contexts_BT: Tensor | None = None,
+    *,
+    seed: int | None = None,
+    gradient_windows: int | None = None,
 ) -> list[LayerStats]:
-    """Statistics of every layer, through a directory that is gone afterwards."""
+    """Statistics of every layer, through a directory that is gone afterwards.
+
+    With a seed, gradients too: on all windows, unless said.
+    """
+    windows = 0 if seed is None else gradient_windows or len(windows_BT)
+    wanted = Wanted(windows_BT, contexts_BT, windows, seed or 0)
     with TemporaryDirectory() as directory:
-        Collection(model, Wanted(windows_BT, contexts_BT, seed), Path(directory)).run()
+        Collection(model, wanted, Path(directory)).run()
         return [read_layer(Path(directory) / layer_name(index)) for index in range(len(model.layers))]
 
 

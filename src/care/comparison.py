@@ -4,7 +4,7 @@ Variants live in memory as attention modules of the source model, so a compariso
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +45,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Quality and live cache of the source and of every variant that could be had."""
+    """Quality on each text, and live cache, of the source and of every variant that could be had."""
 
     variants: list[Variant]
-    quality: dict[str, Quality]
+    quality: dict[str, dict[str, Quality]]
     cache: dict[str, CacheUse]
 
 
@@ -57,11 +57,15 @@ def compare(
     recipes: Sequence[Recipe],
     kv_budgets: Sequence[float],
     calibration: Calibration,
-    windows_BT: Tensor,
+    texts: Mapping[str, Tensor],
     *,
+    skip: int = 0,
     track: Track = silent,
 ) -> Comparison:
-    """Convert by every recipe at every budget and measure all of them on the same windows."""
+    """Convert by every recipe at every budget and measure all of them on the same windows (B, T) of each text.
+
+    The first `skip` predictions of a window are not counted.
+    """
     foldings: dict[RopeSplit, FoldingSearch] = {}
     variants = [_variant(source, r, budget, calibration, foldings, track) for budget in kv_budgets for r in recipes]
     runs: dict[str, Logits] = {SOURCE: source.logits}
@@ -71,7 +75,11 @@ def compare(
             runs[variant.name] = _run(source, variant)
             with attention_swapped(source.model, source.architecture.model_type, variant.modules):
                 cache[variant.name] = live_cache(source.model)
-    return Comparison(variants, measure(runs, windows_BT, reference=SOURCE, track=track), cache)
+    quality = {
+        text: measure(runs, windows_BT, reference=SOURCE, skip=skip, track=track)
+        for text, windows_BT in texts.items()
+    }  # fmt: skip
+    return Comparison(variants, quality, cache)
 
 
 def _run(source: Source, variant: Variant) -> Logits:

@@ -134,7 +134,8 @@ def calibration_bytes(source: Source, needs: frozenset[str], request: Calibratio
         return 0
     spec, gradients = source.spec, "gradients" in needs
     stats = FP64 * spec.num_layers * (spec.feature_width**2 + (spec.cache_width**2 if gradients else 0))
-    tokens = (spec.num_layers + 3 if gradients else 2) * request.num_windows * request.window
+    tokens = 2 * request.num_windows * request.window
+    tokens += (spec.num_layers + 1) * request.gradient_windows * request.window if gradients else 0
     tokens += 2 * request.num_contexts * request.context if "distances" in needs else 0
     return stats + FP32 * spec.hidden_size * tokens
 
@@ -154,10 +155,11 @@ def _seconds(source: Source, sizes: Sizes, recipe: Recipe, request: CalibrationR
     """Passes through layers and head at the speed of products, decompositions at theirs."""
     spec = source.spec
     tokens = request.num_windows * request.window if recipe.needs else 0
-    passes = tokens * (3 if "gradients" in recipe.needs else 1)
+    back = request.gradient_windows * request.window if "gradients" in recipe.needs else 0
+    passes = tokens + 3 * back
     passes += request.num_contexts * request.context if "distances" in recipe.needs else 0
     passes += 3 * min(tokens, recipe.refit.tokens or tokens) if recipe.refit else 0
-    logits = 3 * tokens * sizes.head if "gradients" in recipe.needs else 0
+    logits = 3 * back * sizes.head
     products = spec.num_layers * (2 * passes * sizes.active + 2 * tokens * spec.feature_width**2) + 2 * logits
     tries = 1 + (spec.kv_width // 2 // max(getattr(recipe.allocation, "slot_step", spec.kv_width), 1))
     decompositions = spec.num_layers * (tries + 2) * DECOMPOSITION * spec.cache_width**3

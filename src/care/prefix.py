@@ -32,7 +32,7 @@ class Prefix:
         self._source, self._target, self._refit = source, target, refit
         self._layers = source.layers
         window = windows_BT.shape[1]
-        self._windows_BT = _spread(windows_BT, refit.tokens // window if refit.tokens else len(windows_BT))
+        self._windows_BT = windows_BT[: max(refit.tokens // window, 1)] if refit.tokens else windows_BT
         shape = (len(self._windows_BT), window, self._layers.hidden_size)
         self._own, self._converted = (Stream(directory, name, shape) for name in ("own", "converted"))
 
@@ -90,9 +90,3 @@ class Prefix:
 
     def _swapped(self, index: int, module: nn.Module) -> AbstractContextManager[None]:
         return layer_swapped(self._layers.model, self._source.architecture.model_type, index, module)
-
-
-def _spread(windows_BT: Tensor, count: int) -> Tensor:
-    """`count` windows, evenly spaced over all of them."""
-    count = min(max(count, 1), len(windows_BT))
-    return windows_BT[[i * len(windows_BT) // count for i in range(count)]]

@@ -1,6 +1,7 @@
 """Calibration of a source: what was asked, taken from a text or from the disk."""
 
 import hashlib
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +37,8 @@ class CalibrationRequest:
     """What to calibrate on: a text by name or file and how much of it, or a directory of saved statistics.
 
     Attention distances are taken on windows of `context` tokens from the start of the text, as long as the
-    contexts that will be served: `num_contexts` of them, fewer where the text is shorter.
+    contexts that will be served: `num_contexts` of them, fewer where the text is shorter. Gradients are taken on
+    one window in `windows_per_gradient`, as a pass back costs several passes forward.
     """
 
     text: str
@@ -45,6 +47,12 @@ class CalibrationRequest:
     seed: int = 42
     context: int = 1024
     num_contexts: int = 8
+    windows_per_gradient: int = 4
+
+    @property
+    def gradient_windows(self) -> int:
+        """How many windows gradients are taken on."""
+        return math.ceil(self.num_windows / self.windows_per_gradient)
 
 
 def calibrate(
@@ -84,6 +92,7 @@ def _collected(
         source=source.name, fingerprint=source.fingerprint, text=request.text, num_windows=request.num_windows,
         window=request.window, seed=request.seed, num_layers=source.spec.num_layers,
         seconds=time.perf_counter() - start, context=0 if wanted.contexts_BT is None else request.context,
+        gradient_windows=wanted.gradient_windows,
     )  # fmt: skip
     finish_calibration(directory, info, wanted.windows_BT)
     return load_calibration(directory)
@@ -97,7 +106,7 @@ def _wanted(source: Source, request: CalibrationRequest, needs: frozenset[str]) 
     if "distances" in needs:
         num_contexts = max(min(request.num_contexts, len(tokens_T) // max(request.context, 1)), 1)
         contexts_BT = first_windows(tokens_T, request.context, num_contexts)
-    return Wanted(windows_BT, contexts_BT, request.seed if "gradients" in needs else None)
+    return Wanted(windows_BT, contexts_BT, request.gradient_windows if "gradients" in needs else 0, request.seed)
 
 
 def describe_run(source: Source, request: CalibrationRequest) -> dict[str, Any]:

@@ -603,7 +603,11 @@ def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:
     """All recipes by default; a row that cannot be had says why; the JSON has every number of the table."""
     source = tiny.directory("llama-gqa")
     options = ("--calibration", text_file, *SAMPLES, "--text", text_file, "--window", 32, "--windows", 2)
-    table = care_main("compare", source, "--kv-budgets", "0.5,0.25", *options, "--json", "-").json
+    more = ("--text", "python-help-heldout")
+    texts = care_main("compare", source, "--kv-budgets", "0.5,0.25", *options, *more, "--json", "-").json["texts"]
+    assert list(texts) == [str(text_file), "python-help-heldout"]
+    table, other = texts.values()
+    assert table["source"]["nll"] != other["source"]["nll"]
     assert len(table["rows"]) == 2 * len(recipe_names())
     assert {row["recipe"] for row in table["rows"] if "refused" in row} == {"care-mla", "transmla"}
     for row in table["rows"]:

@@ -17,6 +17,7 @@ from tolerances import assert_numbers
 RECIPES = ("palu", "care-u", "care-e", "mha2mla", "transmla", "care-mla")
 BUDGETS = (0.5, 0.25)
 WINDOW, WINDOWS = 48, 3
+TEXT = "the text"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def windows(tiny: TinyModels) -> Tensor:
 @pytest.fixture(scope="module")
 def table(tiny: TinyModels, windows: Tensor) -> Comparison:
     chosen = [load_recipe(name) for name in RECIPES]
-    return compare(tiny.source("llama-gqa"), chosen, BUDGETS, tiny.calibration("llama-gqa"), windows)
+    return compare(tiny.source("llama-gqa"), chosen, BUDGETS, tiny.calibration("llama-gqa"), {TEXT: windows})
 
 
 def run(model: Any) -> Any:
@@ -41,7 +42,7 @@ def test_a_row_is_the_converted_checkpoint(tiny: TinyModels, table: Comparison, 
     source = tiny.source_model("llama-gqa")
     model = tiny.model(Case("llama-gqa", recipe, 0.5, format="native"))
     expected = measure({SOURCE: run(source), "converted": run(model)}, windows, reference=SOURCE)["converted"]
-    row = table.quality[f"{recipe} 0.5"]
+    row = table.quality[TEXT][f"{recipe} 0.5"]
     assert_numbers(row.nll, expected.nll, "fp32 nats")
     assert row.kl is not None
     assert expected.kl is not None
@@ -57,8 +58,8 @@ def test_the_source_is_measured_as_it_is(tiny: TinyModels, table: Comparison, wi
         again = tiny.source("llama-gqa").logits(windows)
     assert torch.equal(logits, again)
     nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
-    assert_numbers(table.quality[SOURCE].nll, float(nll), "fp32 nats")
-    assert table.quality[SOURCE].kl == 0.0
+    assert_numbers(table.quality[TEXT][SOURCE].nll, float(nll), "fp32 nats")
+    assert table.quality[TEXT][SOURCE].kl == 0.0
 
 
 def test_every_row_has_the_same_cache(tiny: TinyModels, table: Comparison) -> None:
@@ -78,5 +79,5 @@ def test_impossible_rows_say_why(table: Comparison) -> None:
 
 def test_less_cache_is_worse(table: Comparison) -> None:
     """Random weights, so only of the weights' own best approximation."""
-    kl = [table.quality[f"care-u {budget}"].kl for budget in BUDGETS]
+    kl = [table.quality[TEXT][f"care-u {budget}"].kl for budget in BUDGETS]
     assert 0 < (kl[0] or math.nan) < (kl[1] or math.nan)

@@ -64,6 +64,21 @@ def test_gradient_moments_are_autograds(tiny: TinyModels, name: str, monkeypatch
         assert_close(stats.gradient_moment_EE, g_TE.T @ g_TE / tokens.numel(), "fp32 gradients")
 
 
+def test_gradients_on_the_first_windows_are_those_of_the_first_windows_alone(tiny: TinyModels) -> None:
+    """Input moments are of all windows all the same."""
+    observed, tokens = tiny.source("llama-gqa").observed, random_tokens(20, batch=4)
+    few, alone, inputs = (
+        collected(observed, tokens, seed=SEED, gradient_windows=2),
+        collected(observed, tokens[:2], seed=SEED),
+        collected(observed, tokens),
+    )
+    for mixed, gradients, moments in zip(few, alone, inputs, strict=True):
+        assert mixed.gradient_moment_EE is not None
+        assert gradients.gradient_moment_EE is not None
+        assert_close(mixed.gradient_moment_EE, gradients.gradient_moment_EE, "fp32 gradients")
+        assert torch.equal(mixed.input_moment_XX, moments.input_moment_XX)
+
+
 def test_weights_get_no_gradients_and_stay_trainable(tiny: TinyModels) -> None:
     """Those of a model that others use too."""
     source = tiny.source("llama-gqa")

@@ -42,6 +42,22 @@ def test_perplexity_is_the_direct_one(length: int) -> None:
     assert found.top1_agreement is None
 
 
+def test_skipped_predictions_are_read_and_not_counted() -> None:
+    """In a context as long as the window, of which only the end is measured."""
+    tokens = windows(2, 10)
+    found = measure({"a": model(1)}, tokens, skip=6)["a"]
+    logits = model(1)(tokens)[:, 6:-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, tokens[:, 7:].flatten())
+    assert found.predictions == 2 * 3
+    assert_numbers(found.nll, float(expected), "fp32 nats")
+
+
+@pytest.mark.parametrize("skip", [-1, 9, 10])
+def test_something_must_be_left_to_count(skip: int) -> None:
+    with pytest.raises(BadInput, match=f"no predictions behind the first {skip}"):
+        measure({"a": model(1)}, windows(1, 10), skip=skip)
+
+
 def test_kl_is_from_the_reference() -> None:
     """KL(reference || model), the mean over predictions."""
     tokens = windows(2, CHUNK + 20)

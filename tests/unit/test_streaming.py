@@ -36,7 +36,7 @@ def test_statistics_are_those_of_the_whole_model(tiny: TinyModels, name: str, mo
     monkeypatch.setattr("care.calibration.streams.BATCH_TOKENS", 40)
     source, tokens = tiny.source(name), random_tokens(16, batch=5)
     runs = [
-        collected(replace(source.observed, layers=layers), tokens, random_tokens(24, batch=3), SEED)
+        collected(replace(source.observed, layers=layers), tokens, random_tokens(24, batch=3), seed=SEED)
         for layers in (streamed(source)[1], whole(source))
     ]
     for one, other in zip(*runs, strict=True):
@@ -126,6 +126,18 @@ def test_streams_give_back_what_was_written(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["hidden-00002.fp32"]
     stream.remove()
     assert not stream.exists
+
+
+def test_a_stream_is_cut_to_its_first_windows(tmp_path: Path) -> None:
+    hidden_BTD = torch.randn(4, 5, 3)
+    stream = Stream(tmp_path, "hidden", (4, 5, 3))
+    stream.write([hidden_BTD])
+    stream.cut(2)
+    assert not stream.exists
+    assert stream.path.stat().st_size == 4 * 2 * 5 * 3
+    assert torch.equal(torch.cat(list(stream.first(2).batches())), hidden_BTD[:2])
+    stream.cut(0)
+    assert not stream.path.exists()
 
 
 def test_a_stream_that_stops_is_not_there(tmp_path: Path) -> None:

@@ -35,11 +35,15 @@ class Observed:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Token windows for moments, and for what else is asked: contexts for distances, a seed for gradients."""
+    """Token windows for moments, and for what else is asked: contexts for distances, the first windows for gradients.
+
+    `seed` draws the labels of `gradient_windows` windows; 0 windows mean no gradients.
+    """
 
     windows_BT: Tensor
     contexts_BT: Tensor | None = None
-    seed: int | None = None
+    gradient_windows: int = 0
+    seed: int = 0
 
 
 class Collection:
@@ -50,25 +54,29 @@ class Collection:
         self._work = directory / "streams"
         self._work.mkdir(parents=True, exist_ok=True)
         self._hidden = self._stream("hidden", wanted.windows_BT)
-        self._gradient = self._stream("gradient", wanted.windows_BT)
+        self._gradient = self._stream("gradient", wanted.windows_BT[: wanted.gradient_windows])
         self._context = None if wanted.contexts_BT is None else self._stream("context", wanted.contexts_BT)
 
     def _stream(self, name: str, windows_BT: Tensor) -> Stream:
         windows, T = windows_BT.shape
         return Stream(self._work, name, (windows, T, self._model.layers.hidden_size))
 
+    def _kept(self, index: int) -> Stream:
+        """The hidden states that gradients go back through."""
+        return self._hidden.at(index).first(self._wanted.gradient_windows)
+
     def _layer_file(self, index: int) -> Path:
         return self._directory / layer_name(index)
 
     def _forward_file(self, index: int) -> Path:
         """What the sweep forward leaves of a layer: all there is of it, unless gradients follow."""
-        return self._layer_file(index) if self._wanted.seed is None else self._work / layer_name(index)
+        return self._layer_file(index) if not self._wanted.gradient_windows else self._work / layer_name(index)
 
     def run(self, track: Track = silent) -> None:
         """Collect what is not there yet."""
         self._forward(track)
-        if self._wanted.seed is not None:
-            self._backward(self._wanted.seed, track)
+        if self._wanted.gradient_windows:
+            self._backward(track)
         shutil.rmtree(self._work)
 
     def _forward(self, track: Track) -> None:
@@ -97,14 +105,13 @@ class Collection:
         write_layer(self._forward_file(index), stats)
         if self._context is not None:
             self._context.at(index).remove()
-        if self._wanted.seed is None:
-            here.remove()
+        here.cut(self._wanted.gradient_windows)
 
-    def _backward(self, seed: int, track: Track) -> None:
+    def _backward(self, track: Track) -> None:
         L = len(self._model.layers)
         left = next((i + 1 for i in reversed(range(L)) if not self._layer_file(i).is_file()), 0)
         if left == L and not self._gradient.at(L).exists:
-            label_gradients(self._model.layers, self._hidden.at(L), self._gradient.at(L), seed)
+            label_gradients(self._model.layers, self._kept(L), self._gradient.at(L), self._wanted.seed)
         for index in track(reversed(range(left)), label="reading gradients", total=left):
             self._backward_layer(index)
 
@@ -112,7 +119,7 @@ class Collection:
         model, here, after = self._model, self._gradient.at(index), self._gradient.at(index + 1)
         with model.layers.holding(index):
             moment_EE = layer_gradients(
-                model.layers, index, model.taps[index], self._hidden.at(index), after, here
+                model.layers, index, model.taps[index], self._kept(index), after, here
             )  # fmt: skip
         stats = read_layer(self._forward_file(index))
         write_layer(self._layer_file(index), replace(stats, gradient_moment_EE=moment_EE))

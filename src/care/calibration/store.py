@@ -33,6 +33,8 @@ class CalibrationInfo:
     seconds: float
     context: int = 0
     """Window length on which attention distances were taken; 0 where they were not."""
+    gradient_windows: int = 0
+    """How many of the windows gradients were taken on."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A file gets its name when it is complete, so that a run that was killed can star
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,17 @@ class Stream:
                 with writing(self.path):
                     file.write(values.data)
         part.replace(self.path)
+
+    def first(self, windows: int) -> "Stream":
+        """The first windows alone, in the same file."""
+        return Stream(self.directory, self.name, (windows, *self.shape[1:]), self.layer)
+
+    def cut(self, windows: int) -> None:
+        """Free the disk of all but the first windows."""
+        if not windows:
+            self.remove()
+        elif self.path.is_file():
+            os.truncate(self.path, 4 * math.prod(self.first(windows).shape))
 
     def remove(self) -> None:
         """Free the disk."""

@@ -60,10 +60,13 @@ def first_windows(tokens_T: Tensor, length: int, count: int) -> Tensor:
 
 
 def sampled_windows(tokens_T: Tensor, length: int, count: int, seed: int) -> Tensor:
-    """`count` of the text's windows of `length` tokens, drawn without repetition: (count, length)."""
+    """`count` of the text's windows of `length` tokens, drawn without repetition: (count, length).
+
+    They come in the order in which they were drawn, so that the first of them are a sample too.
+    """
     _require(tokens_T, length, count)
     whole = len(tokens_T) // length
-    chosen = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    chosen = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:count]
     return tokens_T[: whole * length].view(whole, length)[chosen]
 
 

@@ -63,12 +63,12 @@ def calibration_options(function: Decorated) -> Decorated:
     return function
 
 
-def text_options(function: Decorated) -> Decorated:
-    """What to measure on, the same in every command."""
+def window_options(function: Decorated) -> Decorated:
+    """How a text is cut, the same in every command."""
     for option in (
+        click.option("--skip", default=0, help="Predictions of each window, from its start, that are not counted."),
         click.option("--windows", default=24, show_default=True, help="How many windows, from the start of the text."),
         click.option("--window", default=1024, show_default=True, help="Tokens per window."),
-        click.option("--text", default="python-help-heldout", show_default=True, help="FILE or name of a text."),
     ):
         function = option(function)
     return function

@@ -19,7 +19,7 @@ from .console import (
     parse_list,
     rich_track,
     table,
-    text_options,
+    window_options,
     working,
 )
 
@@ -30,7 +30,8 @@ COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
 @click.command()
 @click.argument("model")
 @click.option("--against", metavar="SRC", help="Reference model: adds KL(SRC || MODEL) and top-1 agreement.")
-@text_options
+@click.option("--text", default="python-help-heldout", show_default=True, help="FILE or name of a text.")
+@window_options
 @click.option("--tasks", help="Comma-separated .jsonl(.gz) files of multiple-choice rows: adds acc and acc_norm.")
 @click.option("--rows", default=500, show_default=True, help="Rows of each task, from its start.")
 @dtype_option
@@ -42,6 +43,7 @@ def command(
     text: str,
     window: int,
     windows: int,
+    skip: int,
     tasks: str | None,
     rows: int,
     dtype: str | None,
@@ -58,7 +60,7 @@ def command(
         wanted = DTYPES[dtype or "float32"]
         models = {name: load_model(at, dtype=wanted, device=device) for name, at in locations.items()}
     runs = {name: partial(logits, loaded) for name, loaded in models.items()}
-    quality = measure(runs, windows_BT, reference=against, track=rich_track)
+    quality = measure(runs, windows_BT, reference=against, skip=skip, track=rich_track)
     cache = {name: live_cache(loaded) for name, loaded in models.items()}
     scores = {
         name: {path: score(runs[name], tokenizer, asked, track=rich_track, label=f"{path.name} by {name}")
@@ -66,7 +68,7 @@ def command(
         for name in names
     }  # fmt: skip
     result = {
-        "text": text, "window": window, "windows": windows,
+        "text": text, "window": window, "windows": windows, "skip": skip,
         "models": {
             name: quality_record(quality[name], cache[name])
             | ({"tasks": {path.name: asdict(s) for path, s in scores[name].items()}} if tasks else {})

@@ -53,12 +53,20 @@ class Quality:
 
 
 def measure(
-    models: Mapping[str, Logits], windows_BT: Tensor, *, reference: str | None = None, track: Track = silent
+    models: Mapping[str, Logits],
+    windows_BT: Tensor,
+    *,
+    reference: str | None = None,
+    skip: int = 0,
+    track: Track = silent,
 ) -> dict[str, Quality]:
     """Quality of every model on token windows (B, T), one window at a time.
 
-    `reference` names the model against which KL(reference || model) is taken.
+    `reference` names the model against which KL(reference || model) is taken. The first `skip` predictions of each
+    window are read, not counted: what is left is quality far from the start. BadInput if nothing is left.
     """
+    if not 0 <= skip < windows_BT.shape[1] - 1:
+        raise BadInput(f"a window of {windows_BT.shape[1]} tokens has no predictions behind the first {skip}")
     sums = {name: _Sums() for name in models}
     order = sorted(models, key=lambda name: name != reference)
     with torch.inference_mode():
@@ -66,11 +74,11 @@ def measure(
             base_TV: Tensor | None = None
             for name in order:
                 start = time.perf_counter()
-                logits_TV = models[name](window_T[None])[0, :-1]
+                logits_TV = models[name](window_T[None])[0, skip:-1]
                 sums[name].seconds += time.perf_counter() - start
                 if name == reference:
                     base_TV = logits_TV
-                _add(sums[name], logits_TV, window_T[1:].to(logits_TV.device), base_TV)
+                _add(sums[name], logits_TV, window_T[skip + 1 :].to(logits_TV.device), base_TV)
     return {name: _means(name, sums[name], with_reference=reference is not None) for name in models}
 
 
