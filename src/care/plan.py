@@ -73,8 +73,8 @@ def check_request(source: Source, recipe: Recipe, kv_budget: float, dtype: torch
     if layout.one_width and recipe.allocation.uses_spectra:
         raise InvalidRecipe(f"format {recipe.format} stores one width for all layers; use --format native")
     chooses = isinstance(recipe.allocation, Threshold)
-    if chooses and not recipe.factorization.joint:
-        raise InvalidRecipe("allocation threshold needs a joint latent; set factorization.joint = true")
+    if isinstance(recipe.allocation, Threshold) and recipe.allocation.multiple > 1 and not recipe.factorization.joint:
+        raise InvalidRecipe("allocation.multiple needs a joint latent; set factorization.joint = true")
     finds_dims = absorbed and needs_dims(recipe.rope)
     if num_slots is None and not (chooses or finds_dims):
         raise InvalidRecipe("rope.dims = 0 leaves the slots to the allocator; use allocation threshold, or set dims")
@@ -151,8 +151,9 @@ def _with_best_dims(plan: Plan, track: Track) -> Plan:
     layers = range(spec.num_layers)
     for index in track(layers, label="weighing rope dims", total=len(layers)):
         weights, stats = plan.source.attention(index), plan.stats(index)
+        slots = replace(split, dims=2 * spec.num_pairs)(weights, stats)
         for n in counts:
-            keys = replace(split, dims=2 * n)(weights, stats).split(n)
+            keys = slots.split(n)
             assert keys.rope_loss is not None
             tail = layer_energies(plan.recipe.factorization, weights, keys, stats)[0][width - 2 * n :]
             lost[n] += keys.rope_loss + float(tail.sum())
@@ -232,21 +233,41 @@ def _choose_slots(plan: Plan, counts: Sequence[int], budget: int, track: Track) 
     """Numbers of rope slots out of `counts`, and joint ranks, of all layers against one another."""
     allocation, spec = plan.recipe.allocation, plan.target.spec
     assert isinstance(allocation, Threshold)
+    joint = plan.recipe.factorization.joint
     choices: list[dict[int, tuple[float, torch.Tensor]]] = []
+    owners: list[dict[int, torch.Tensor]] = []
     layers = range(spec.num_layers)
     for index in track(layers, label="weighing slots", total=len(layers)):
         weights, stats = plan.source.attention(index), plan.stats(index)
         split = _splitter(plan, weights, stats)
         choices.append({})
+        owners.append({})
         for n in counts:
             keys = split(n)
-            energy_S = layer_energies(plan.recipe.factorization, weights, keys, stats)[0]
+            energy_S, owners[-1][n] = _merged(layer_energies(plan.recipe.factorization, weights, keys, stats))
             choices[-1][n] = (keys.rope_loss or 0.0, energy_S)
-    chosen = allocation.choose(choices, budget)
+    chosen = allocation.choose(choices, budget, least=1 if joint else 2)
     num_pairs = spec.kv_width // 2
-    ranks = tuple(LayerRanks(2 * n, rank if n < num_pairs else 0, rank, joint=True) for n, rank in chosen)
+    if joint:
+        ranks = tuple(LayerRanks(2 * n, rank if n < num_pairs else 0, rank, joint=True) for n, rank in chosen)
+    else:
+        of_keys = [int((owner[n][:rank] == 0).sum()) for owner, (n, rank) in zip(owners, chosen, strict=True)]
+        ranks = tuple(LayerRanks(2 * n, k, rank - k, joint=False) for k, (n, rank) in zip(of_keys, chosen, strict=True))
     if allocation.multiple == 1:
         return replace(plan, ranks=ranks)
     unrounded = replace(allocation, multiple=1).choose(choices, budget)
     rounding = predicted_loss(choices, chosen) - predicted_loss(choices, unrounded)
     return replace(plan, ranks=ranks, rounding_loss=rounding / 2)
+
+
+def _merged(sides: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies of all latents of a layer in one order, and of which latent each is.
+
+    The largest of each latent comes first, whatever its size, and counts as large as any: every latent gets a value.
+    """
+    energy_S = torch.cat(list(sides))
+    owner_S = torch.cat([torch.full((len(side),), index) for index, side in enumerate(sides)])
+    leading = [int((owner_S < index).sum()) for index, side in enumerate(sides) if len(side)]
+    energy_S[leading] = energy_S.max()
+    order = energy_S.argsort(descending=True, stable=True)
+    return energy_S[order], owner_S[order]

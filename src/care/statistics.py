@@ -46,7 +46,7 @@ class CalibrationRequest:
     window: int = 256
     seed: int = 42
     context: int = 1024
-    num_contexts: int = 8
+    num_contexts: int = 4
     windows_per_gradient: int = 4
 
     @property

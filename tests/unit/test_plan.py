@@ -8,12 +8,12 @@ import torch
 from care.allocation import Threshold
 from care.conversion import convert_layers
 from care.errors import InvalidRecipe
-from care.factorization import TwoSided
+from care.factorization import TwoSided, layer_energies
 from care.plan import check_request, plan_conversion
 from care.recipe import Recipe, load_recipe
-from care.rope_split import MeanPhase
+from care.rope_split import MeanPhase, whole_keys
 from tiny import TinyModels
-from tolerances import TOLERANCES
+from tolerances import TOLERANCES, assert_numbers
 
 NAME = "llama-gqa"
 
@@ -100,3 +100,39 @@ def test_multiples_cost_and_what_they_cost_is_said(tiny: TinyModels) -> None:
 
     assert rounded.rounding_loss > TOLERANCES["fp64"].absolute
     assert nats(rounded) > nats(plain)
+
+
+@pytest.mark.parametrize("kv_budget", [0.1, 0.5])
+def test_one_threshold_weighs_separate_keys_against_values(tiny: TinyModels, kv_budget: float) -> None:
+    """Of all layers' energies, keys' and values', the largest are kept; every latent keeps its largest in any case."""
+    source, calibration = tiny.source(NAME), tiny.calibration(NAME)
+    recipe = replace(load_recipe("best-rebuild"), factorization=TwoSided(joint=False), refit=None)
+    plan = plan_conversion(source, recipe, kv_budget, calibration, dtype=torch.float32)
+    assert all(not ranks.joint and min(ranks.key_rank, ranks.value_rank) >= 1 for ranks in plan.ranks)
+    budget = int(kv_budget * source.spec.cache_width * source.spec.num_layers)
+    assert sum(ranks.width for ranks in plan.ranks) == budget
+    certain, others, kept = 0.0, [], 0.0
+    for index, ranks in enumerate(plan.ranks):
+        weights, stats = source.attention(index), calibration.layers[index]
+        sides = layer_energies(recipe.factorization, weights, whole_keys(weights), stats)
+        certain += sum(float(side[0]) for side in sides)
+        others += [float(energy) for side in sides for energy in side[1:]]
+        kept += sum(float(s[:r].sum()) for s, r in zip(sides, (ranks.key_rank, ranks.value_rank), strict=True))
+    best = certain + sum(sorted(others, reverse=True)[: budget - 2 * source.spec.num_layers])
+    assert_numbers(kept, best, "fp64")
+    assert len(list(convert_layers(plan))) == source.spec.num_layers
+
+
+def test_separate_latents_are_converted_with_slots_chosen(tiny: TinyModels) -> None:
+    source = tiny.source(NAME)
+    recipe = replace(load_recipe("best"), factorization=TwoSided(joint=False), refit=None)
+    plan = plan_conversion(source, recipe, 0.5, tiny.calibration(NAME), dtype=torch.float32)
+    for ranks, layer in zip(plan.ranks, convert_layers(plan), strict=True):
+        assert layer.latent.width == ranks.width
+        assert (layer.latent.k_rank, layer.latent.v_rank) == (ranks.key_rank, ranks.value_rank)
+
+
+def test_multiples_need_a_joint_latent(tiny: TinyModels) -> None:
+    recipe = replace(load_recipe("best-rebuild"), factorization=TwoSided(joint=False), allocation=Threshold(multiple=8))
+    with pytest.raises(InvalidRecipe, match=r"allocation\.multiple needs a joint latent"):
+        check_request(tiny.source(NAME), recipe, 0.5)

@@ -104,5 +104,5 @@ def test_files_that_are_no_task_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(BadInput, match="has no rows"):
         load_task(tmp_path / "empty.jsonl")
-    with pytest.raises(BadInput, match="cannot read task"):
+    with pytest.raises(BadInput, match="cannot read"):
         load_task(tmp_path / "absent.jsonl")

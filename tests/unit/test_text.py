@@ -41,7 +41,7 @@ def test_rows_without_text_are_refused(tmp_path: Path, row: str) -> None:
 )
 def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInput, match=f"cannot read text .*{name}"):
+    with pytest.raises(BadInput, match=f"cannot read .*{name}"):
         load_text(str(tmp_path / name))
 
 
@@ -49,7 +49,7 @@ def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
     content = bytearray(gzip.compress(TEXT.encode() * 100))
     content[15:25] = b"\x00" * 10
     (tmp_path / "a.txt.gz").write_bytes(content)
-    with pytest.raises(BadInput, match="cannot read text"):
+    with pytest.raises(BadInput, match="cannot read"):
         load_text(str(tmp_path / "a.txt.gz"))
 
 

@@ -52,22 +52,23 @@ class Threshold:
         choices = [{0: (0.0, s[:cap])} for s, cap in zip(spectra, caps, strict=True)]
         return tuple(rank for _, rank in self.choose(choices, budget))
 
-    def choose(self, layers: Layers, budget: int) -> list[tuple[int, int]]:
+    def choose(self, layers: Layers, budget: int, least: int = 1) -> list[tuple[int, int]]:
         """(slots, rank) per layer; widths 2 * slots + rank add up to the budget, or as near as multiples come.
 
         Each layer maps a number of slots to the loss of the dropped rotations and the latent's squared
-        singular values, descending. The caller ensures that the budget can be met.
+        singular values, descending. No layer gets less than `least` of them. The caller ensures that the budget
+        can be met.
         """
         largest = max((float(e[0]) for layer in layers for _, e in layer.values() if len(e)), default=0.0)
         low, high = 0.0, 2 * largest + TINY
         for _ in range(BISECTIONS):
             middle = (low * high) ** 0.5 if low else high / FIRST_STEPS
-            chosen = [_cheapest(layer, middle, self.multiple) for layer in layers]
+            chosen = [_cheapest(layer, middle, self.multiple, least) for layer in layers]
             if sum(2 * n + r for n, r in chosen) > budget:
                 low = middle
             else:
                 high = middle
-        chosen = [_cheapest(layer, high, self.multiple) for layer in layers]
+        chosen = [_cheapest(layer, high, self.multiple, least) for layer in layers]
         return _spend_rest(layers, chosen, budget, self.multiple)
 
 
@@ -82,12 +83,13 @@ def dropped_loss(layer: Mapping[int, tuple[float, Tensor]], slots: int, rank: in
     return rotations + float(energy_S[rank:].sum())
 
 
-def _cheapest(layer: Mapping[int, tuple[float, Tensor]], price: float, multiple: int) -> tuple[int, int]:
+def _cheapest(layer: Mapping[int, tuple[float, Tensor]], price: float, multiple: int, least: int) -> tuple[int, int]:
     """The (slots, rank) of a layer with the least loss plus price times width."""
     best: tuple[float, int, int] | None = None
     for slots, (_, energy_S) in layer.items():
         below = int((energy_S > price).sum()) // multiple * multiple
-        for rank in {max(below, min(multiple, len(energy_S))), min(below + multiple, len(energy_S))}:
+        floor = min(max(multiple, least), len(energy_S))
+        for rank in {max(below, floor), max(min(below + multiple, len(energy_S)), floor)}:
             cost = dropped_loss(layer, slots, rank) + price * (2 * slots + rank)
             if best is None or (cost, slots, rank) < best:
                 best = (cost, slots, rank)

@@ -36,14 +36,19 @@ def load_text(name_or_file: str) -> str:
     path = Path(name_or_file)
     if not path.is_file():
         raise BadInput(f"no such text file: {name_or_file} (named texts: {', '.join(TEXTS)})")
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read text {path}: {error}") from error
+    content = read_text(path)
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         return _join_rows(path, content)
     return content
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, gzipped where its name says so; BadInput if it is not one."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from error
 
 
 def _join_rows(path: Path, content: str) -> str:

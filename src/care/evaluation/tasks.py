@@ -5,7 +5,6 @@ characters: the two figures of the lm-evaluation-harness, which are never mixed.
 choices, or (WinoGrande's partial scoring) several contexts and one continuation, which has no acc_norm.
 """
 
-import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.text import read_text
 from ..errors import BadInput
 from ..progress import Track, silent
 from .quality import Logits
@@ -53,11 +53,7 @@ class _Request:
 
 def load_task(path: Path, limit: int | None = None) -> list[Row]:
     """Rows of a .jsonl or .jsonl.gz file, the first `limit` of them; BadInput names the row that is of no such kind."""
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = [line for line in content.decode().splitlines() if line.strip()][:limit]
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise BadInput(f"cannot read task {path}: {error}") from error
+    lines = [line for line in read_text(path).splitlines() if line.strip()][:limit]
     rows = []
     for number, line in enumerate(lines, 1):
         try:

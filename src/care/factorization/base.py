@@ -115,7 +115,8 @@ def _problems(method: Factorizer, targets: Targets, output_MM: Tensor | None) ->
     if method.joint:
         return [_Problem(targets.stacked, targets.metric_XX, output_MM)]
     maps, parts = (targets.keys_MX, targets.values_EX), _parts(output_MM, len(targets.keys_MX))
-    return [_Problem(w, targets.metric_XX, part) for w, part in zip(maps, parts, strict=True)]
+    # Keys that are all in slots leave a map without rows, and nothing to weigh it by.
+    return [_Problem(w, targets.metric_XX, part if len(w) else None) for w, part in zip(maps, parts, strict=True)]
 
 
 def layer_energies(
