@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "compare",
     "generate": "generate",
     "export": "export",
+    "report": "report",
 }
 """Command name to module in care.commands."""
 

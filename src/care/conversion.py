@@ -27,13 +27,21 @@ from .version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SPECTRUM_STEPS = 32
+"""How finely the report states a latent's spectrum."""
+
+TINY = 1e-300
+"""Keeps shares of nothing at zero."""
+
 
 @dataclass(frozen=True)
 class LayerReport:
     """What became of one layer; errors are relative and in the method's input metric.
 
     Losses are what lost rotations and truncated keys and values cost before any refit, in nats a token to second
-    order; None for methods that do not weigh in units of the loss.
+    order; None for methods that do not weigh in units of the loss. `left_out` has, for each latent, the share of its
+    energy that a rank of 0, 1 / n, ..., n / n of all its directions leaves out, n = SPECTRUM_STEPS; `rope_left_out` the
+    same of lost rotations and numbers of slots, out of `rope_slots`, where they are weighed.
     """
 
     rope_dim: int
@@ -46,6 +54,10 @@ class LayerReport:
     rope_loss: float | None = None
     key_loss: float | None = None
     value_loss: float | None = None
+    num_directions: tuple[int, ...] = ()
+    left_out: tuple[tuple[float, ...], ...] = ()
+    rope_slots: int = 0
+    rope_left_out: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,8 @@ class Report:
     kv_budget: float
     kept_share: float
     source_cache_width: int
+    source_num_kv_heads: int
+    source_head_dim: int
     mean_cache_width: float
     folding_perplexity: dict[int, float] | None
     rounding_loss: float | None
@@ -195,7 +209,23 @@ def _layer_report(ranks: LayerRanks, keys: KeySplit, factors: Factors, *, in_nat
     return LayerReport(
         **asdict(ranks), width=ranks.width, key_error=factors.keys.error, value_error=factors.values.error,
         rope_loss=nats(keys.rope_loss), key_loss=nats(factors.keys.loss), value_loss=nats(factors.values.loss),
+        num_directions=tuple(len(energy_S) for energy_S in factors.energies),
+        left_out=tuple(_shares(_tails(energy_S)) for energy_S in factors.energies),
+        rope_slots=0 if keys.rope_losses is None else len(keys.rope_losses) - 1,
+        rope_left_out=() if keys.rope_losses is None else _shares(keys.rope_losses),
     )  # fmt: skip
+
+
+def _tails(energy_S: torch.Tensor) -> torch.Tensor:
+    """What every rank from 0 to all leaves out."""
+    return torch.cat((energy_S.flip(0).cumsum(0).flip(0), energy_S.new_zeros(1)))
+
+
+def _shares(left_S: torch.Tensor) -> tuple[float, ...]:
+    """Shares of the first of falling losses at evenly spaced places, four digits of each."""
+    steps = torch.arange(SPECTRUM_STEPS + 1, dtype=torch.float64)
+    shares_N = left_S[(steps * (len(left_S) - 1) / SPECTRUM_STEPS).round().long()] / left_S[0].clamp(min=TINY)
+    return tuple(float(f"{share:.4g}") for share in shares_N.tolist())
 
 
 def make_report(plan: Plan, layers: list[LayerReport], seconds: float) -> Report:
@@ -209,6 +239,8 @@ def make_report(plan: Plan, layers: list[LayerReport], seconds: float) -> Report
         kv_budget=plan.kv_budget,
         kept_share=plan.mean_width / plan.target.spec.cache_width,
         source_cache_width=plan.target.spec.cache_width,
+        source_num_kv_heads=plan.target.spec.num_kv_heads,
+        source_head_dim=plan.target.spec.head_dim,
         mean_cache_width=plan.mean_width,
         folding_perplexity=plan.folding.perplexity if plan.folding else None,
         rounding_loss=plan.rounding_loss,

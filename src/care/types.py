@@ -190,7 +190,8 @@ class KeySplit:
     rest_MX maps the features to the latent's share of the keys; expand_GNM turns that back into each key
     head's no-rope key. `rope` is None where keys are rebuilt: then the share is every key before RoPE.
     error_EM says how an error of the share acts on the concatenated keys, as far as scores feel it. rope_loss is
-    what the lost rotations cost, in the method's units; None where that is not weighed.
+    what the lost rotations cost, in the method's units, and rope_losses what they would cost at 0, 1, 2, ... slots;
+    None where that is not weighed.
     """
 
     rope: DecoupledRope | None
@@ -198,6 +199,7 @@ class KeySplit:
     expand_GNM: Tensor
     error_EM: Tensor
     rope_loss: float | None = None
+    rope_losses: Tensor | None = None
 
 
 @dataclass(frozen=True)

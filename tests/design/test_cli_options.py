@@ -7,7 +7,7 @@ from care.cli import COMMANDS, group
 from care.commands.convert import ENGINES
 
 CALIBRATION = ["--samples", "--length", "--seed", "--context"]
-TEXT = ["--text", "--window", "--windows"]
+TEXT = ["--text", "--window", "--windows", "--skip"]
 
 OPTIONS = {
     "inspect": ["model", "--plot", "--json"],
@@ -17,9 +17,12 @@ OPTIONS = {
         "--dry-run", "--dtype", "--device", "--json",
     ],
     "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
-    "compare": ["model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, *TEXT, "--device", "--json"],
+    "compare": [
+        "model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, "--format", *TEXT, "--device", "--json",
+    ],
     "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
     "export": ["model", "file", "--to", "--quantize", "--json"],
+    "report": ["model", "page", "--measured", "--json"],
 }  # fmt: skip
 
 

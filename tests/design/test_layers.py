@@ -25,6 +25,7 @@ LAYERS = (
         "modeling",
         "evaluation",
         "export",
+        "report",
     },
     {"cli", "commands"},
     {"__init__", "__main__"},

@@ -639,6 +639,24 @@ def test_profile_is_drawn(tiny: TinyModels, care_main: Run, tmp_path: Path) -> N
     assert_refused(refused, "is not a converted model", tmp_path / "absent")
 
 
+def test_report_is_written_from_a_conversion(tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path) -> None:
+    pytest.importorskip("matplotlib")
+    source, page, measured = tiny.directory("llama-gqa"), tmp_path / "report.html", tmp_path / "eval.json"
+    out = tiny.converted(Case("llama-gqa", "best", 0.5, "absorbed", "native"))
+    options = ("--text", text_file, "--window", 32, "--windows", 2, "--json", measured)
+    care_main("eval", out, "--against", source, *options)
+    outcome = care_main("report", out, page, "--measured", measured, "--json", tmp_path / "report.json")
+    assert outcome.code == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["verdict"][0] in outcome.stdout
+    assert facts["losses"]["key"] > 0
+    assert page.read_text().count("<svg") == 3
+    assert "report.html" in outcome.stdout
+    refused = care_main("report", source, tmp_path / "other.html")
+    assert_refused(refused, "is not a converted model", tmp_path / "other.html")
+    assert_refused(care_main("report", out, tmp_path / "a" / "b.html"), "cannot write", tmp_path / "a")
+
+
 def test_no_command_runs_pickles(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
     """Not even the commands that leave loading to transformers."""
     source = damaged(tiny, tmp_path, only_pickles)

@@ -63,11 +63,12 @@ class Lost:
 
 @dataclass(frozen=True)
 class Factors:
-    """A factorized layer and what it leaves out of keys and of values."""
+    """A factorized layer, what it leaves out of keys and of values, and each latent's energies, descending."""
 
     latent: LatentAttention
     keys: Lost
     values: Lost
+    energies: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,23 @@ class _Problem:
         """Squared singular values of the whitened map, descending."""
         return output_energies(self.weight_MX, self.metric_XX, self.output_MM)
 
-    def solve(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Down (R, X) and up (M, R) maps of the best approximation; ValueError if the rank cannot be had."""
-        basis_MR = principal_outputs(self.whitened, self.metric_XX).basis_MS[:, :rank]
+    def solve(self, rank: int) -> "_Solved":
+        """The best approximation of a rank; ValueError if the rank cannot be had."""
+        spectrum = principal_outputs(self.whitened, self.metric_XX)
+        basis_MR = spectrum.basis_MS[:, :rank]
         if basis_MR.shape[1] < rank:
             raise ValueError(f"rank {rank} asked of a map with {basis_MR.shape[1]} directions")
-        return basis_MR.T @ self.whitened, basis_MR if self.root is None else self.root.inverse_MM @ basis_MR
+        up_MR = basis_MR if self.root is None else self.root.inverse_MM @ basis_MR
+        return _Solved(basis_MR.T @ self.whitened, up_MR, spectrum.energy_S)
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """One map in one latent: down (R, X), up (M, R), and all energies that there were (S)."""
+
+    down_RX: Tensor
+    up_MR: Tensor
+    energy_S: Tensor
 
 
 def _targets(method: Factorizer, weights: AttentionWeights, split: KeySplit, stats: LayerStats | None) -> Targets:
@@ -143,16 +155,17 @@ def factorize(
     problems = _problems(method, targets, output_MM)
     solved = [problem.solve(rank) for problem, rank in zip(problems, wanted, strict=True)]
     M = len(targets.keys_MX)
+    key_down, value_down = solved[0].down_RX, solved[-1].down_RX
     if method.joint:
-        ((down_RX, up_MR),) = solved
-        key_down, key_up, value_down, value_up = down_RX, up_MR[:M], down_RX, up_MR[M:]
+        key_up, value_up = solved[0].up_MR[:M], solved[0].up_MR[M:]
     else:
-        ((key_down, key_up), (value_down, value_up)) = solved
+        key_up, value_up = (s.up_MR for s in solved)
     key_part, value_part = _parts(output_MM, M)
     return Factors(
-        latent=_assemble(weights, split, torch.cat([down for down, _ in solved]), key_up, value_up),
+        latent=_assemble(weights, split, torch.cat([s.down_RX for s in solved]), key_up, value_up),
         keys=_lost(targets.keys_MX, key_up @ key_down, targets.metric_XX, key_part),
         values=_lost(targets.values_EX, value_up @ value_down, targets.metric_XX, value_part),
+        energies=tuple(s.energy_S for s in solved),
     )
 
 

@@ -54,6 +54,7 @@ class Slots:
             expand_GNM=rest_up_EM.view(G, K, -1)[:, :num_nope],
             error_EM=rest_up_EM if self.felt_E is None else self.felt_E[:, None] * rest_up_EM,
             rope_loss=None if self.loss is None else float(self.loss[num_slots]),
+            rope_losses=self.loss,
         )
 
 
