@@ -19,6 +19,7 @@ class Tolerance:
 TOLERANCES = {
     "exact": Tolerance(0.0, 0.0, "the same arithmetic on the same numbers"),
     "fp64": Tolerance(1e-10, 0.0, "sums of a few hundred products of numbers of size 1-10 in fp64, softmax included"),
+    "fp64 sums": Tolerance(1e-12, 1e-12, "a few fp64 sums in another order, of the same terms"),
     "fp64 directions": Tolerance(1e-8, 0.0, "eigenvectors of a Gram matrix: fp64 rounding over gaps of 1e-6 and more"),
     "fp32 moments": Tolerance(1e-6, 1e-5, "products of a batch summed in fp32 before the fp64 sum"),
     "fp32 table": Tolerance(0.0, 1e-6, "fp32 powers and quotients in another order"),

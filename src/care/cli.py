@@ -2,11 +2,14 @@
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
-from .errors import CareError
+from .errors import CareError, InvalidRecipe
 from .version import __version__
 
 COMMANDS = {
@@ -20,6 +23,9 @@ COMMANDS = {
     "report": "report",
 }
 """Command name to module in care.commands."""
+
+IN_PROCESSES = ("calibrate", "convert")
+"""What torchrun can start in several processes that share the work."""
 
 EXIT_ERROR = 2
 
@@ -38,8 +44,11 @@ class _Commands(click.Group):
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="care")
-def group() -> None:
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """Turn a pretrained GQA or MHA language model into a multi-head latent attention model."""
+    if _started_processes() > 1 and ctx.invoked_subcommand not in IN_PROCESSES:
+        raise InvalidRecipe(f"care {ctx.invoked_subcommand} runs in one process; start it without torchrun")
 
 
 def main() -> None:
@@ -48,21 +57,46 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if _started_processes() == 1:
+        _leave(*_run())
+    from .ranks import first_to_fail, joined  # noqa: PLC0415 - loads torch
+
+    with joined(int(os.environ["LOCAL_RANK"])):
+        code, say = _run()
+        if code:
+            # What ends all processes is said once.
+            _leave(code, say if first_to_fail() else _nothing)
+
+
+def _started_processes() -> int:
+    """How many processes torchrun started, this one included."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def _leave(code: int, say: Callable[[], object]) -> NoReturn:
+    say()
+    sys.exit(code)
+
+
+def _nothing() -> None:
+    """Say nothing."""
+
+
+def _run() -> tuple[int, Callable[[], object]]:
+    """Run the command line; its exit code, and what says why."""
     try:
-        sys.exit(group(standalone_mode=False))
+        return int(group(standalone_mode=False) or 0), _nothing
     except CareError as error:
-        _fail(str(error))
+        return _failed(str(error))
     except click.ClickException as error:
-        error.show()
-        sys.exit(EXIT_ERROR)
+        return EXIT_ERROR, error.show
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; no output was written")
+        return _failed("interrupted; no output was written")
     except ModuleNotFoundError as error:
         if error.name not in ("transformers", "accelerate", "gguf", "huggingface_hub"):
             raise
-        _fail(f"this command needs {error.name}; pip install 'care-mla[hf]'")
+        return _failed(f"this command needs {error.name}; pip install 'care-mla[hf]'")
 
 
-def _fail(message: str) -> None:
-    click.echo("care: error: " + " ".join(message.split()), err=True)
-    sys.exit(EXIT_ERROR)
+def _failed(message: str) -> tuple[int, Callable[[], object]]:
+    return EXIT_ERROR, partial(click.echo, "care: error: " + " ".join(message.split()), err=True)

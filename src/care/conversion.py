@@ -4,6 +4,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,7 @@ from .output import CheckpointWriter, Say, check_output_free, check_space, unsai
 from .plan import Plan, plan_conversion, split_keys
 from .prefix import Prefix
 from .progress import Track, silent
+from .ranks import from_main, is_main, on_main, own_items, wait_for_all
 from .recipe import Recipe
 from .source import Source
 from .statistics import CalibrationRequest, calibrate, describe_run
@@ -91,13 +93,14 @@ class ConvertedLayer:
 
 
 def convert_layers(
-    plan: Plan, *, first: int = 0, streams: Path | None = None, track: Track = silent
+    plan: Plan, layers: Sequence[int] | None = None, *, streams: Path | None = None, track: Track = silent
 ) -> Iterator[ConvertedLayer]:
-    """The converted attention of each layer in turn, one in memory at a time.
+    """The converted attention of each layer in turn, of some or of all, one in memory at a time.
 
-    A refit's hidden states are files in `streams`; they are there for layer `first` if the one before it was made.
+    With a refit layers must follow one another to the last one. Its hidden states are files in `streams`; they are
+    there for the first layer asked for if the one before it was made.
     """
-    layers = range(first, len(plan.ranks))
+    layers = range(len(plan.ranks)) if layers is None else layers
     with _directory(streams) as directory:
         prefix = _prefix(plan, directory)
         for index in track(layers, label="factorizing", total=len(layers)):
@@ -158,26 +161,44 @@ def run_conversion(
         calibration = calibrate(source, request, recipe.needs, directory=stats, track=track) if recipe.needs else None
         plan = earlier_plan(source, recipe, kv_budget, calibration, dtype, writer.work)
         plan = plan or plan_conversion(source, recipe, kv_budget, calibration, dtype=dtype, track=track)
-        save_plan(plan, writer.work)
+        on_main(partial(save_plan, plan, writer.work))
         return _write(plan, writer, track)
 
 
 def _write(plan: Plan, writer: CheckpointWriter, track: Track) -> Report:
-    """Every shard that is not there yet, then what makes them a checkpoint."""
+    """Every shard that is not there yet, then what makes them a checkpoint.
+
+    Processes take turns at layers; where a refit ties each layer to the one before, all go through all of them.
+    """
     source, start = plan.source, time.perf_counter()
-    layout, num_layers = FORMATS[plan.recipe.format], plan.target.spec.num_layers
+    num_layers = plan.target.spec.num_layers
     carried = source.architecture.untouched(source.reader, plan.target.spec)
+    left = from_main(lambda: [index for index in range(num_layers) if not writer.has_shard(index + 1)])
+    together = plan.recipe.refit is not None
+    own = left if together else own_items(left)
+    for index, layer in zip(own, convert_layers(plan, own, streams=writer.work, track=track), strict=True):
+        write = partial(_write_layer, plan, writer, index, layer, carried[index])
+        if together:
+            on_main(write)
+        else:
+            write()
+    wait_for_all()
     notes = writer.notes()[:num_layers]
-    for layer in convert_layers(plan, first=len(notes), streams=writer.work, track=track):
-        index = len(notes)
-        notes.append(_note(plan, index, layer))
-        writer.write_shard(index + 1, _attention(plan, index, layer) | _carried(plan, carried[index]), notes[index])
-    writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
-    with writing(writer.out_dir):
-        source.copy_side_files(writer.result)
     report = make_report(plan, [LayerReport(**note["report"]) for note in notes], time.perf_counter() - start)
-    writer.finish(layout.config(plan.target, plan.ranks, [tuple(note["rope"]) for note in notes]), asdict(report))
+    if is_main():
+        writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
+        with writing(writer.out_dir):
+            source.copy_side_files(writer.result)
+        tables = [tuple(note["rope"]) for note in notes]
+        writer.finish(FORMATS[plan.recipe.format].config(plan.target, plan.ranks, tables), asdict(report))
     return report
+
+
+def _write_layer(
+    plan: Plan, writer: CheckpointWriter, index: int, layer: ConvertedLayer, carried: Sequence[str]
+) -> None:
+    tensors = _attention(plan, index, layer) | _carried(plan, carried)
+    writer.write_shard(index + 1, tensors, _note(plan, index, layer))
 
 
 def _note(plan: Plan, index: int, layer: ConvertedLayer) -> dict[str, Any]:

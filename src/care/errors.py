@@ -21,5 +21,9 @@ class DiskFull(BadInput):
     """The disk took no more; what was written so far is kept."""
 
 
+class OtherFailed(CareError):
+    """Another of several processes failed; what was done so far is kept."""
+
+
 class Interrupted(CareError):
     """Work that a person stopped, and that can be continued."""

@@ -2,6 +2,7 @@
 
 While work goes on there is only `OUT.partial`. In it, `result` becomes OUT when everything is there; `work` holds what
 a rerun continues from, and `run.json` says what run that was. Files appear under their names when they are complete.
+Several processes can write into it; rank 0 prepares and finishes it.
 """
 
 import errno
@@ -18,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import CONVERSION_NAME, INDEX_NAME, read_header, read_json
-from .errors import BadInput, CareError, DiskFull, Interrupted
+from .errors import BadInput, CareError, DiskFull, Interrupted, OtherFailed
+from .ranks import is_main, on_main
 
 RUN_NAME = "run.json"
 
@@ -42,7 +44,9 @@ def partial_of(out_dir: Path) -> Path:
 
 
 def check_space(out_dir: Path, num_bytes: int) -> None:
-    """Refuse to start when the disk cannot hold the output, beside what is there of it."""
+    """Refuse to start when the disk cannot hold the output, beside what is there of it; rank 0 looks for all."""
+    if not is_main():
+        return
     parent = next(p for p in out_dir.absolute().parents if p.exists())
     free = shutil.disk_usage(parent).free
     free += sum(file.stat().st_size for file in partial_of(out_dir).rglob("*") if file.is_file())
@@ -82,7 +86,8 @@ class DirectoryWriter:
 
     `run` describes the run, as JSON, as far as it decides about the bytes of the output. What a run of the same
     description left unfinished is continued; anything else is started afresh. What is left behind: nothing after an
-    error that the user must mend, everything after a full disk, an interrupt or a kill. Without `run` nothing is kept.
+    error that the user must mend, everything after a full disk, an interrupt, a kill or the failure of another process.
+    Without `run` nothing is kept.
     """
 
     def __init__(self, out_dir: Path, run: Mapping[str, Any] | None = None, say: Say = unsaid) -> None:
@@ -94,6 +99,10 @@ class DirectoryWriter:
 
     def __enter__(self) -> Self:
         check_output_free(self.out_dir)
+        on_main(self._prepare)
+        return self
+
+    def _prepare(self) -> None:
         if not self._continues():
             with writing(self.out_dir):
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -101,7 +110,6 @@ class DirectoryWriter:
                 self.work.mkdir()
             if self._run is not None:
                 save_json(self.partial / RUN_NAME, self._run)
-        return self
 
     def _continues(self) -> bool:
         """Whether the partial output is that of the same run."""
@@ -122,8 +130,8 @@ class DirectoryWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._finish()
-        elif self._run is None or (issubclass(kind, CareError) and not issubclass(kind, DiskFull)):
+            on_main(self._finish)
+        elif self._run is None or (issubclass(kind, CareError) and not issubclass(kind, (DiskFull, OtherFailed))):
             shutil.rmtree(self.partial, ignore_errors=True)
         elif issubclass(kind, KeyboardInterrupt):
             raise Interrupted(f"interrupted; the same command continues from {self.partial}") from error
@@ -153,17 +161,22 @@ class CheckpointWriter(DirectoryWriter):
     def write_shard(self, number: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
         """Shard `number` (from 1) of a count that is known in advance; its note is written after it."""
         self.write_tensors(self._shard_name(number), tensors, {"format": "pt"})
-        save_json(self.work / f"shard-{number:05d}.json", note or {})
+        save_json(self._note(number), note or {})
+
+    def has_shard(self, number: int) -> bool:
+        """Whether a shard is finished."""
+        return self._note(number).is_file()
+
+    def _note(self, number: int) -> Path:
+        return self.work / f"shard-{number:05d}.json"
 
     def _shard_name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self._num_shards:05d}.safetensors"
 
     def notes(self) -> list[dict[str, Any]]:
-        """The notes of all finished shards, from the first to the last before one is missing."""
-        found: list[dict[str, Any]] = []
-        while (path := self.work / f"shard-{len(found) + 1:05d}.json").is_file():
-            found.append(read_json(path))
-        return found
+        """The notes of all finished shards, in order."""
+        numbers = range(1, self._num_shards + 1)
+        return [read_json(self._note(number)) for number in numbers if self.has_shard(number)]
 
     def finish(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         """Index, config and provenance: what makes the directory a checkpoint."""

@@ -12,6 +12,7 @@ from .factorization import Svd, layer_energies
 from .folding import FoldingSearch, choose_folding
 from .formats import FORMATS
 from .progress import Track, silent
+from .ranks import all_items, from_main, own_items
 from .recipe import Recipe
 from .rope_split import KeepAll, MeanPhase, RopeSplit, RoRope, whole_keys
 from .source import Source
@@ -125,7 +126,7 @@ def plan_conversion(
         )
     split = recipe.rope
     if recipe.mode == "absorbed" and isinstance(split, RoRope) and split.folding == "auto" and calibration:
-        folding = folding or choose_folding(source, split, calibration, track=track)
+        folding = folding or from_main(lambda: choose_folding(source, split, calibration, track=track))
         recipe = replace(recipe, rope=replace(split, folding=folding.best))
     else:
         folding = None
@@ -147,17 +148,20 @@ def _with_best_dims(plan: Plan, track: Track) -> Plan:
     width = int(plan.kv_budget * spec.cache_width + ROUNDING)
     step = max(spec.num_pairs // DIMS_TRIED, 1)
     counts = [n for n in range(step, spec.num_pairs + 1, step) if 2 * n < width] or [1]
-    lost = dict.fromkeys(counts, 0.0)
-    layers = range(spec.num_layers)
+    losses: list[dict[int, float]] = []
+    layers = own_items(range(spec.num_layers))
     for index in track(layers, label="weighing rope dims", total=len(layers)):
         weights, stats = plan.source.attention(index), plan.stats(index)
         slots = replace(split, dims=2 * spec.num_pairs)(weights, stats)
+        losses.append({})
         for n in counts:
             keys = slots.split(n)
             assert keys.rope_loss is not None
             tail = layer_energies(plan.recipe.factorization, weights, keys, stats)[0][width - 2 * n :]
-            lost[n] += keys.rope_loss + float(tail.sum())
-    recipe = replace(plan.recipe, rope=replace(split, dims=2 * min(counts, key=lambda n: lost[n])))
+            losses[-1][n] = keys.rope_loss + float(tail.sum())
+    losses = all_items(losses)
+    best = min(counts, key=lambda n: sum(lost[n] for lost in losses))
+    recipe = replace(plan.recipe, rope=replace(split, dims=2 * best))
     return replace(plan, recipe=recipe, target=check_request(plan.source, recipe, plan.kv_budget, plan.target.dtype))
 
 
@@ -220,13 +224,13 @@ def _side(plan: Plan, spectra: Spectra, side: int, cap: int, budget: int) -> tup
 
 
 def _spectra(plan: Plan, num_slots: int, track: Track) -> list[tuple[torch.Tensor, ...]]:
-    spectra = []
-    layers = range(plan.target.spec.num_layers)
+    spectra: list[tuple[torch.Tensor, ...]] = []
+    layers = own_items(range(plan.target.spec.num_layers))
     for index in track(layers, label="reading spectra", total=len(layers)):
         weights, stats = plan.source.attention(index), plan.stats(index)
         sides = layer_energies(plan.recipe.factorization, weights, split_keys(plan, weights, stats, num_slots), stats)
         spectra.append(sides)
-    return spectra
+    return all_items(spectra)
 
 
 def _choose_slots(plan: Plan, counts: Sequence[int], budget: int, track: Track) -> Plan:
@@ -236,7 +240,7 @@ def _choose_slots(plan: Plan, counts: Sequence[int], budget: int, track: Track) 
     joint = plan.recipe.factorization.joint
     choices: list[dict[int, tuple[float, torch.Tensor]]] = []
     owners: list[dict[int, torch.Tensor]] = []
-    layers = range(spec.num_layers)
+    layers = own_items(range(spec.num_layers))
     for index in track(layers, label="weighing slots", total=len(layers)):
         weights, stats = plan.source.attention(index), plan.stats(index)
         split = _splitter(plan, weights, stats)
@@ -246,6 +250,7 @@ def _choose_slots(plan: Plan, counts: Sequence[int], budget: int, track: Track) 
             keys = split(n)
             energy_S, owners[-1][n] = _merged(layer_energies(plan.recipe.factorization, weights, keys, stats))
             choices[-1][n] = (keys.rope_loss or 0.0, energy_S)
+    choices, owners = all_items(choices), all_items(owners)
     chosen = allocation.choose(choices, budget, least=1 if joint else 2)
     num_pairs = spec.kv_width // 2
     if joint:

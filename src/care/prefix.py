@@ -6,7 +6,8 @@ stream after attention comes out as the source's: to the source's attention outp
 drifted apart. Where a norm stands between attention and the residual stream, to the attention output alone.
 
 Both streams are files: the streams that enter a layer are there until the layer after it is begun, so that a
-conversion that was killed goes on from them.
+conversion that was killed goes on from them. Several processes go through the layers together, each with windows of
+its own; moments are over those of all, so that all make the same layers.
 """
 
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .calibration import MomentAccumulator, Stream, batch_size
+from .calibration import MomentAccumulator, Stream, batches_of, own_windows
 from .carried import Carried
 from .modeling.native import build_layer, layer_swapped
+from .ranks import own_directory
 from .refit import OutputMoments, Ridge
 from .source import Source
 from .types import LatentAttention, LayerStats, Target
@@ -32,9 +34,10 @@ class Prefix:
         self._source, self._target, self._refit = source, target, refit
         self._layers = source.layers
         window = windows_BT.shape[1]
-        self._windows_BT = windows_BT[: max(refit.tokens // window, 1)] if refit.tokens else windows_BT
+        self._windows_BT = own_windows(windows_BT[: max(refit.tokens // window, 1)] if refit.tokens else windows_BT)
+        streams = own_directory(directory)
         shape = (len(self._windows_BT), window, self._layers.hidden_size)
-        self._own, self._converted = (Stream(directory, name, shape) for name in ("own", "converted"))
+        self._own, self._converted = (Stream(streams, name, shape) for name in ("own", "converted"))
 
     def stats(self, index: int, carried: Carried, stats: LayerStats) -> LayerStats:
         """A layer's statistics with the input moments of the converted prefix."""
@@ -56,8 +59,7 @@ class Prefix:
             if index:
                 stream.at(index - 1).remove()
             elif not stream.exists:
-                batches = self._windows_BT.split(batch_size(self._windows_BT.shape[1]))
-                stream.write(self._layers.embed(batches))
+                stream.write(self._layers.embed(batches_of(self._windows_BT)))
 
     def fitted(self, index: int, latent: LatentAttention) -> LatentAttention:
         """The layer with its output projection refit; both streams are then past it."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidRecipe
+from .ranks import count_over_ranks, sum_over_ranks
 from .types import LatentAttention
 
 
@@ -57,10 +58,12 @@ class Ridge:
             raise InvalidRecipe(f"refit.ridge is {self.ridge}; it must be positive")
 
     def output(self, latent: LatentAttention, moments: OutputMoments) -> LatentAttention:
-        """The layer with its output projection refit."""
+        """The layer with its output projection refit to the moments of all processes."""
         D, H, V = latent.out_DHV.shape
         start_DZ = latent.out_DHV.reshape(D, H * V).double()
-        inner_ZZ, cross_DZ = moments.inner_ZZ / moments.num_tokens, moments.cross_DZ / moments.num_tokens
+        num_tokens = count_over_ranks(moments.num_tokens)
+        inner_ZZ = sum_over_ranks(moments.inner_ZZ) / num_tokens
+        cross_DZ = sum_over_ranks(moments.cross_DZ) / num_tokens
         damping = self.ridge * inner_ZZ.diagonal().mean()
         system_ZZ = inner_ZZ + damping * torch.eye(H * V, dtype=torch.float64)
         correction_DZ = torch.linalg.solve(system_ZZ, cross_DZ.T).T

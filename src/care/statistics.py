@@ -5,7 +5,6 @@ import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,10 +20,12 @@ from .calibration import (
     is_calibration,
     load_calibration,
     load_text,
+    num_batches,
     sampled_windows,
 )
 from .errors import BadInput
 from .progress import Track, silent
+from .ranks import on_main, shared_directory, world
 from .source import Source
 from .version import __version__
 
@@ -74,8 +75,8 @@ def calibrate(
         return calibration
     if directory is not None:
         return _collected(source, request, needs, directory, track)
-    with TemporaryDirectory(prefix="care-") as temporary:
-        calibration = _collected(source, request, needs, Path(temporary), track)
+    with shared_directory() as temporary:
+        calibration = _collected(source, request, needs, temporary, track)
         return replace(calibration, layers=list(calibration.layers))
 
 
@@ -94,7 +95,7 @@ def _collected(
         seconds=time.perf_counter() - start, context=0 if wanted.contexts_BT is None else request.context,
         gradient_windows=wanted.gradient_windows,
     )  # fmt: skip
-    finish_calibration(directory, info, wanted.windows_BT)
+    on_main(lambda: finish_calibration(directory, info, wanted.windows_BT))
     return load_calibration(directory)
 
 
@@ -102,6 +103,11 @@ def _wanted(source: Source, request: CalibrationRequest, needs: frozenset[str]) 
     """Windows of the text, and what is asked of them."""
     tokens_T = source.tokens(load_text(request.text))
     windows_BT = sampled_windows(tokens_T, request.window, request.num_windows, request.seed)
+    if num_batches(windows_BT) < world():
+        raise BadInput(
+            f"{request.num_windows} windows of {request.window} tokens run in {num_batches(windows_BT)} batches, fewer "
+            f"than the {world()} processes; start fewer processes, or give more windows"
+        )
     contexts_BT = None
     if "distances" in needs:
         num_contexts = max(min(request.num_contexts, len(tokens_T) // max(request.context, 1)), 1)
@@ -116,5 +122,5 @@ def describe_run(source: Source, request: CalibrationRequest) -> dict[str, Any]:
     content = explained.read_bytes() if explained.is_file() else b""
     return {
         "version": f"{__version__}, torch {torch.__version__}", "source": source.identity, "device": source.device,
-        "calibration": asdict(request), "text": hashlib.sha256(content).hexdigest(),
+        "number_of_processes": world(), "calibration": asdict(request), "text": hashlib.sha256(content).hexdigest(),
     }  # fmt: skip

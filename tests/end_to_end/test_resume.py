@@ -4,61 +4,23 @@ Runs are real processes that die of SIGKILL just before a file gets its name, wh
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import care.cli
 import care.conversion
 import care.output
 import care.statistics
+from processes import die_before_file, run_care
 from tiny import NUM_WINDOWS, WINDOW, TinyModels
 
 SAMPLES = ("--samples", str(NUM_WINDOWS), "--length", str(WINDOW), "--context", str(2 * WINDOW))
 STEP = 7
 """Files that a run writes before it is killed."""
-
-
-def _die_before_file(number: int) -> None:
-    """Kill this process when its file `number` is complete and about to be named."""
-    real, named = Path.replace, [0]
-
-    def replace(self: Path, target: Any) -> Path:
-        named[0] += 1
-        if named[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, target)
-
-    Path.replace = replace  # type: ignore[method-assign]
-
-
-def _care(arguments: tuple[str, ...], said: Path, prepare: Callable[[], None]) -> None:
-    prepare()
-    sys.argv = ["care", *arguments]
-    with said.open("w", encoding="utf-8", buffering=1) as sys.stderr, open(os.devnull, "w") as sys.stdout:
-        care.cli.main()
-
-
-def run_care(tmp_path: Path, *arguments: object, prepare: Callable[[], None] = lambda: None) -> tuple[int, str]:
-    """Run `care ARGUMENTS` in a process of its own; its exit code, or minus the signal that it died of, and stderr."""
-    said = tmp_path / "said"
-    process = multiprocessing.get_context("fork").Process(
-        target=_care, args=(tuple(map(str, arguments)), said, prepare)
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, which are all idle
-        process.start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode, said.read_text(encoding="utf-8")
 
 
 def contents(directory: Path) -> dict[str, Any]:
@@ -77,7 +39,7 @@ def contents(directory: Path) -> dict[str, Any]:
 def run_to_the_end(tmp_path: Path, out: Path, *arguments: object) -> int:
     """Kill the command after every few files until it has nothing left to do; how often it was killed."""
     for kills in range(100):
-        code, said = run_care(tmp_path, *arguments, prepare=lambda: _die_before_file(STEP))
+        code, said = run_care(tmp_path, *arguments, prepare=lambda: die_before_file(STEP))
         assert (f"continuing from {out}.partial" in said) == (kills > 0)
         if code == 0:
             return kills
@@ -112,7 +74,7 @@ def test_a_calibration_that_is_killed_again_and_again(tiny: TinyModels, tmp_path
 
 def killed(tmp_path: Path, source: Path, out: Path, *options: object) -> None:
     """Leave a conversion behind that was killed with its second layer."""
-    code, _ = run_care(tmp_path, "convert", source, out, *options, prepare=lambda: _die_before_file(4))
+    code, _ = run_care(tmp_path, "convert", source, out, *options, prepare=lambda: die_before_file(4))
     assert code == -signal.SIGKILL
     assert (tmp_path / "out.partial" / "result" / "model-00001-of-00004.safetensors").is_file()
 

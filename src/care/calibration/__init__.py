@@ -5,7 +5,7 @@ from .gradients import Tap
 from .layers import DecoderLayers, WholeModel
 from .moments import MomentAccumulator
 from .store import EXPLANATION, Calibration, CalibrationInfo, finish_calibration, is_calibration, load_calibration
-from .streams import Stream, batch_size
+from .streams import Stream, batches_of, num_batches, own_windows
 from .text import TEXTS, first_windows, load_text, sampled_windows
 
 __all__ = [
@@ -21,11 +21,13 @@ __all__ = [
     "Tap",
     "Wanted",
     "WholeModel",
-    "batch_size",
+    "batches_of",
     "finish_calibration",
     "first_windows",
     "is_calibration",
     "load_calibration",
     "load_text",
+    "num_batches",
+    "own_windows",
     "sampled_windows",
 ]

@@ -1,7 +1,8 @@
 """Statistics of all layers: one sweep forward and, where gradients are wanted, one back.
 
 Layers outside, batches inside. Whatever a layer gives is on disk before the next one is begun, so that a run that was
-killed goes on with the layer that it was at.
+killed goes on with the layer that it was at. Of several processes each runs its own windows; statistics are summed
+over all of them, and rank 0 writes them, when the hidden states that follow are on the disk everywhere.
 """
 
 import shutil
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from ..carried import Carried
 from ..progress import Track, silent
+from ..ranks import on_main, own_batches, own_directory
 from ..types import AttentionWeights
 from .distances import layer_distances
 from .gradients import Tap, label_gradients, layer_gradients
 from .layers import DecoderLayers
 from .moments import layer_moments
 from .store import layer_name, read_layer, write_layer
-from .streams import Stream, batch_size
+from .streams import Stream, batches_of, num_batches, own_windows
 
 
 @dataclass(frozen=True)
@@ -52,18 +54,18 @@ class Collection:
     def __init__(self, model: Observed, wanted: Wanted, directory: Path) -> None:
         self._model, self._wanted, self._directory = model, wanted, directory
         self._work = directory / "streams"
-        self._work.mkdir(parents=True, exist_ok=True)
+        self._streams = own_directory(self._work)
         self._hidden = self._stream("hidden", wanted.windows_BT)
         self._gradient = self._stream("gradient", wanted.windows_BT[: wanted.gradient_windows])
         self._context = None if wanted.contexts_BT is None else self._stream("context", wanted.contexts_BT)
 
     def _stream(self, name: str, windows_BT: Tensor) -> Stream:
-        windows, T = windows_BT.shape
-        return Stream(self._work, name, (windows, T, self._model.layers.hidden_size))
+        windows, T = own_windows(windows_BT).shape
+        return Stream(self._streams, name, (windows, T, self._model.layers.hidden_size))
 
     def _kept(self, index: int) -> Stream:
         """The hidden states that gradients go back through."""
-        return self._hidden.at(index).first(self._wanted.gradient_windows)
+        return self._hidden.at(index).first(self._gradient.shape[0])
 
     def _layer_file(self, index: int) -> Path:
         return self._directory / layer_name(index)
@@ -77,7 +79,7 @@ class Collection:
         self._forward(track)
         if self._wanted.gradient_windows:
             self._backward(track)
-        shutil.rmtree(self._work)
+        on_main(lambda: shutil.rmtree(self._work))
 
     def _forward(self, track: Track) -> None:
         L = len(self._model.layers)
@@ -91,7 +93,7 @@ class Collection:
     def _embed(self) -> None:
         for stream, tokens_BT in ((self._hidden, self._wanted.windows_BT), (self._context, self._wanted.contexts_BT)):
             if stream is not None and tokens_BT is not None:
-                stream.write(self._model.layers.embed(tokens_BT.split(batch_size(tokens_BT.shape[1]))))
+                stream.write(self._model.layers.embed(batches_of(own_windows(tokens_BT))))
 
     def _forward_layer(self, index: int) -> None:
         model, path = self._model, self._model.attention_paths[index]
@@ -102,16 +104,17 @@ class Collection:
                 entering, leaving = self._context.at(index), self._context.at(index + 1)
                 share_HT = layer_distances(model.layers, index, path, model.attention(index), entering, leaving)
                 stats = replace(stats, attention_HT=share_HT)
-        write_layer(self._forward_file(index), stats)
+        on_main(lambda: write_layer(self._forward_file(index), stats))
         if self._context is not None:
             self._context.at(index).remove()
-        here.cut(self._wanted.gradient_windows)
+        here.cut(self._gradient.shape[0])
 
     def _backward(self, track: Track) -> None:
         L = len(self._model.layers)
         left = next((i + 1 for i in reversed(range(L)) if not self._layer_file(i).is_file()), 0)
         if left == L and not self._gradient.at(L).exists:
-            label_gradients(self._model.layers, self._kept(L), self._gradient.at(L), self._wanted.seed)
+            batches = own_batches(num_batches(self._wanted.windows_BT[: self._wanted.gradient_windows]))
+            label_gradients(self._model.layers, self._kept(L), self._gradient.at(L), self._wanted.seed, batches)
         for index in track(reversed(range(left)), label="reading gradients", total=left):
             self._backward_layer(index)
 
@@ -121,7 +124,10 @@ class Collection:
             moment_EE = layer_gradients(
                 model.layers, index, model.taps[index], self._kept(index), after, here
             )  # fmt: skip
-        stats = read_layer(self._forward_file(index))
-        write_layer(self._layer_file(index), replace(stats, gradient_moment_EE=moment_EE))
+        on_main(lambda: self._complete(index, moment_EE))
         for file in (self._forward_file(index), after.path, self._hidden.at(index + 1).path):
             file.unlink(missing_ok=True)
+
+    def _complete(self, index: int, gradient_moment_EE: Tensor) -> None:
+        stats = read_layer(self._forward_file(index))
+        write_layer(self._layer_file(index), replace(stats, gradient_moment_EE=gradient_moment_EE))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..ranks import count_over_ranks, sum_over_ranks
 from .layers import DecoderLayers
-from .streams import Stream
+from .streams import Stream, batch_size
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,29 @@ class Tap:
         return rows if self.width is None else rows[:, self.first : self.first + self.width]
 
 
-def label_gradients(layers: DecoderLayers, leaving: Stream, gradients: Stream, seed: int) -> None:
+def label_gradients(layers: DecoderLayers, leaving: Stream, gradients: Stream, seed: int, batches: range) -> None:
     """Gradients at what leaves the last layer, of the negative log-likelihood of labels drawn from the model.
 
-    The likelihood is summed over tokens.
+    The likelihood is summed over tokens. `batches` says which of all batches the stream's are. For those of other
+    processes draws are made and dropped, so that labels are the same however windows are split.
     """
     generator = torch.Generator(layers.device).manual_seed(seed)
+    T = leaving.shape[1]
+
+    def made() -> Iterator[Tensor]:
+        for hidden_BTD, before in zip(leaving.batches(), _gaps(batches), strict=True):
+            for _ in range(before):
+                uniform_NV = torch.ones(batch_size(T) * T, layers.vocabulary_size, device=layers.device)
+                torch.multinomial(uniform_NV, 1, generator=generator)
+            yield _label_gradient(layers, hidden_BTD, generator)
+
     with layers.head():
-        gradients.write(_label_gradient(layers, hidden_BTD, generator) for hidden_BTD in leaving.batches())
+        gradients.write(made())
+
+
+def _gaps(batches: range) -> list[int]:
+    """How many batches of others lie before each."""
+    return [index - last - 1 for last, index in zip([-1, *batches], batches, strict=False)]
 
 
 def _label_gradient(layers: DecoderLayers, hidden_BTD: Tensor, generator: torch.Generator) -> Tensor:
@@ -58,7 +74,7 @@ def _label_gradient(layers: DecoderLayers, hidden_BTD: Tensor, generator: torch.
 def layer_gradients(
     layers: DecoderLayers, index: int, taps: tuple[Tap, Tap], entering: Stream, arriving: Stream, leaving: Stream
 ) -> Tensor:
-    """E[g g^T] over tokens of a layer's concatenated keys and values, fp64 on the CPU.
+    """E[g g^T] over all processes' tokens of a layer's concatenated keys and values, fp64 on the CPU.
 
     `taps` say where keys and values are found. The layer is run again on what entered it, and gradients go back
     from `arriving`, those at its end, to `leaving`. BadInput names a layer whose gradients are NaN or Inf.
@@ -81,9 +97,12 @@ def layer_gradients(
     finally:
         for hook in hooks:
             hook.remove()
-    if not bool(torch.isfinite(sums[0]).all()):
+    # A process without windows does not know the width; the others all know the same.
+    E = count_over_ranks(sum(map(len, sums))) // count_over_ranks(len(sums))
+    sum_EE = sum_over_ranks(sums[0] if sums else torch.zeros(E, E, dtype=torch.float64))
+    if not bool(torch.isfinite(sum_EE).all()):
         raise BadInput(f"gradients of layer {index} are NaN or Inf; check the source")
-    return sums[0] / (entering.shape[0] * entering.shape[1])
+    return sum_EE / count_over_ranks(entering.shape[0] * entering.shape[1])
 
 
 def _recorder(held: dict[int, Tensor], side: int) -> Any:  # noqa: ANN401 - torch's hook type

@@ -64,6 +64,11 @@ class DecoderLayers:
         """Width of the hidden states: D."""
         return self.model.config.hidden_size
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+        return self.model.config.vocab_size
+
     def holding(self, index: int) -> AbstractContextManager[None]:
         """Have a layer's weights in memory; a layer is run only within."""
         return self._weights.holding(self._paths[index])

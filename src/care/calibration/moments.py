@@ -6,6 +6,7 @@ from torch import Tensor
 from ..attention import features
 from ..carried import Carried
 from ..errors import BadInput
+from ..ranks import count_over_ranks, sum_over_ranks
 from ..types import LayerStats
 from .layers import DecoderLayers
 from .streams import Stream
@@ -29,10 +30,12 @@ class MomentAccumulator:
         self._magnitude_X += phi_TX.abs().sum(0).cpu()
 
     def stats(self, layer: int) -> LayerStats:
-        """Means so far; BadInput names the layer when an activation was NaN or Inf."""
-        if not bool(torch.isfinite(self._outer_XX).all()):
+        """Means so far, over all processes; BadInput names the layer when an activation was NaN or Inf."""
+        num_tokens = count_over_ranks(self.num_tokens)
+        outer_XX, magnitude_X = sum_over_ranks(self._outer_XX), sum_over_ranks(self._magnitude_X)
+        if not bool(torch.isfinite(outer_XX).all()):
             raise BadInput(f"activations of layer {layer} are NaN or Inf; try --dtype float32, or check the source")
-        return LayerStats(self.num_tokens, self._outer_XX / self.num_tokens, self._magnitude_X / self.num_tokens)
+        return LayerStats(num_tokens, outer_XX / num_tokens, magnitude_X / num_tokens)
 
 
 def layer_moments(

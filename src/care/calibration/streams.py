@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..output import writing
+from ..ranks import own_batches
 
 BATCH_TOKENS = 1024
 """Tokens that go through a layer at a time: their activations, gradients and logits are in memory."""
@@ -77,6 +78,23 @@ class Stream:
     def remove(self) -> None:
         """Free the disk."""
         self.path.unlink(missing_ok=True)
+
+
+def own_windows(windows_BT: Tensor) -> Tensor:
+    """The windows that go through this process: whole batches, the same ones as in a single process."""
+    batches = batches_of(windows_BT)
+    own = [batches[index] for index in own_batches(len(batches))]
+    return torch.cat(own) if own else windows_BT[:0]
+
+
+def num_batches(windows_BT: Tensor) -> int:
+    """How many batches windows are, the last one perhaps smaller."""
+    return -(-len(windows_BT) // batch_size(windows_BT.shape[1]))
+
+
+def batches_of(tokens_BT: Tensor) -> list[Tensor]:
+    """Windows as they go through a layer; none where there are none."""
+    return [] if not len(tokens_BT) else list(tokens_BT.split(batch_size(tokens_BT.shape[1])))
 
 
 def batch_size(window: int) -> int:

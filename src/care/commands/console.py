@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..errors import BadInput, InvalidRecipe
 from ..output import writing
+from ..ranks import is_main, own_device
 from ..statistics import CalibrationRequest
 
 Item = TypeVar("Item")
@@ -40,7 +41,11 @@ json_option = click.option(
     "--json", "json_file", metavar="FILE", callback=_writable, help="Write the result as JSON; - is stdout."
 )
 device_option = click.option(
-    "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1."
+    "--device",
+    default="cpu",
+    show_default=True,
+    callback=lambda _context, _parameter, value: own_device(value),
+    help="Where the model runs: cpu, cuda, cuda:1.",
 )
 dtype_option = click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Weights' type.")
 
@@ -75,7 +80,10 @@ def window_options(function: Decorated) -> Decorated:
 
 
 def rich_track(items: Iterable[Item], *, label: str, total: int) -> Iterable[Item]:
-    """A progress bar with elapsed and remaining time on a terminal, else a line now and then; on stderr."""
+    """A progress bar with elapsed and remaining time on a terminal, else a line now and then; on stderr, on rank 0."""
+    if not is_main():
+        yield from items
+        return
     if not err.is_terminal:
         yield from _logged(items, label, total)
         return
@@ -99,18 +107,21 @@ def _logged(items: Iterable[Item], label: str, total: int) -> Iterable[Item]:
 
 def say(message: str) -> None:
     """One line for the person at the terminal, on stderr."""
-    click.echo(message, err=True)
+    if is_main():
+        click.echo(message, err=True)
 
 
 @contextmanager
 def working(label: str) -> Generator[None]:
     """A spinner for work whose length is unknown."""
-    with err.status(label):
+    with err.status(label) if is_main() else nullcontext():
         yield
 
 
 def emit(result: Mapping[str, Any], json_file: str | None, *shown: object) -> None:
-    """Show a result to a person, or write it as JSON, or both when the JSON goes to a file."""
+    """Show a result to a person, or write it as JSON, or both when the JSON goes to a file; on rank 0."""
+    if not is_main():
+        return
     if json_file == "-":
         click.echo(json.dumps(result, indent=2))
         return
