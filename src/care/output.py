@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint import CONVERSION_NAME, INDEX_NAME, read_header, read_json
 from .errors import BadInput, CareError, DiskFull, Interrupted, OtherFailed
-from .ranks import is_main, on_main
+from .ranks import first_to_fail, is_main, on_main
 
 RUN_NAME = "run.json"
 
@@ -132,7 +132,9 @@ class DirectoryWriter:
         if kind is None:
             on_main(self._finish)
         elif self._run is None or (issubclass(kind, CareError) and not issubclass(kind, (DiskFull, OtherFailed))):
-            shutil.rmtree(self.partial, ignore_errors=True)
+            # Others may fail at files that are gone; that is not what a person must mend.
+            if first_to_fail():
+                shutil.rmtree(self.partial, ignore_errors=True)
         elif issubclass(kind, KeyboardInterrupt):
             raise Interrupted(f"interrupted; the same command continues from {self.partial}") from error
 

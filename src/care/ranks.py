@@ -36,6 +36,7 @@ class _Joined:
     local: int
     store: Store
     device: str = "cpu"
+    first_to_fail: bool | None = None
 
 
 _joined: _Joined | None = None
@@ -72,11 +73,15 @@ def is_main() -> bool:
 
 
 def first_to_fail() -> bool:
-    """Whether no other process has failed before this one: the one whose message matters."""
-    try:
-        return _joined is None or _joined.store.add("care/failed", 1) == 1
-    except RuntimeError:
-        return True  # the store went down with another process; two messages are better than none
+    """Whether no other process has failed before this one: its message matters, and it cleans up. Asked on failing."""
+    if _joined is None:
+        return True
+    if _joined.first_to_fail is None:
+        try:
+            _joined.first_to_fail = _joined.store.add("care/failed", 1) == 1
+        except RuntimeError:
+            _joined.first_to_fail = True  # the store went down with another process; two messages are better than none
+    return _joined.first_to_fail
 
 
 def own_device(device: str) -> str:
