@@ -1,9 +1,9 @@
 """Run checkpoints in vLLM: requests as JSON on stdin, answers as JSON on the descriptor that was stdout.
 
 For the Python of an environment with vLLM and care (`make engines-vllm` makes one). A request has: model, dtype,
-max_model_len, cache_bytes, and any other `options` of vLLM's LLM class; prompts as token ids; new_tokens; logprobs, how
-many of the likeliest tokens to report at each generated position and at each position of the prompt, 0 for none.
-Answered are per prompt ids and logprobs, the cache as it was really allocated, and the seconds that generation took.
+max_model_len, cache_bytes, any other `options` of vLLM's LLM class, and jobs. A job has prompts as token ids;
+new_tokens; and logprobs, how many of the likeliest tokens to report at each position of prompt and answer, 0 for none.
+Answered are the cache as it was really allocated, and by job the CPU seconds it took and per prompt ids and logprobs.
 """
 
 import json
@@ -35,33 +35,35 @@ def cache_use(llm: Any) -> dict[str, Any]:  # noqa: ANN401 - vLLM's
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """One checkpoint: load, generate, look at the cache, and stop."""
+    """One checkpoint: load, look at the cache, do the jobs, and stop."""
     llm = LLM(
         model=request["model"], dtype=request.get("dtype", "float32"), max_model_len=request["max_model_len"],
         kv_cache_memory_bytes=request["cache_bytes"], max_logprobs=-1, **request.get("options", {}),
     )  # fmt: skip
-    wanted = request.get("logprobs") or None
-    sampling = SamplingParams(
-        temperature=0, max_tokens=request["new_tokens"], ignore_eos=True, logprobs=wanted, prompt_logprobs=wanted,
-        detokenize=False,
-    )  # fmt: skip
-    begin = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], sampling, use_tqdm=False)
-    answer = {
-        "seconds": time.perf_counter() - begin,
-        "cache": cache_use(llm),
-        "completions": [
-            {
-                "ids": list(output.outputs[0].token_ids),
-                "logprobs": _plain(output.outputs[0].logprobs),
-                "prompt_logprobs": _plain(output.prompt_logprobs),
-            }
-            for output in outputs
-        ],
-    }
+    answer = {"cache": cache_use(llm), "jobs": [_generate(llm, job) for job in request["jobs"]]}
     del llm
     cleanup_dist_env_and_memory()
     return answer
+
+
+def _generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401 - vLLM's
+    wanted = job.get("logprobs") or None
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, logprobs=wanted, prompt_logprobs=wanted,
+        detokenize=False,
+    )  # fmt: skip
+    begin = time.process_time()
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False)
+    seconds = time.process_time() - begin
+    completions = [
+        {
+            "ids": list(output.outputs[0].token_ids),
+            "logprobs": _plain(output.outputs[0].logprobs),
+            "prompt_logprobs": _plain(output.prompt_logprobs),
+        }
+        for output in outputs
+    ]
+    return {"cpu_seconds": seconds, "completions": completions}
 
 
 def _plain(positions: Any) -> list[dict[int, float] | None] | None:  # noqa: ANN401 - vLLM's

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "compare",
     "generate": "generate",
     "export": "export",
+    "serve": "serve",
 }
 """Command name to module in care.commands."""
 

@@ -4,6 +4,7 @@ Every rule was met by running the engine or reading its source (docs/engines.md 
 a checkpoint and compute something else counts as one that does not take it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ Rule = Callable[[Mapping[str, Any]], str | None]
 
 def _is_native(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type")).startswith(MODEL_TYPE_PREFIX)
+
+
+def is_converted(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of one of our formats."""
+    return _is_native(config) or config.get("model_type") == DEEPSEEK
 
 
 def _stock(config: Mapping[str, Any]) -> str | None:
@@ -75,7 +81,7 @@ def _vllm_stock(config: Mapping[str, Any]) -> str | None:
 
 def _vllm(config: Mapping[str, Any]) -> str | None:
     if _is_native(config):
-        return "care's plugin was run on CPUs only; convert with --for vllm, or take engine vllm-cpu"
+        return "care's plugin was run on CPUs only; convert with --for vllm"
     if (reason := _vllm_stock(config)) is not None:
         return reason
     width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
@@ -148,7 +154,9 @@ def engine_verdicts(config: Mapping[str, Any]) -> dict[str, str]:
     return verdicts
 
 
-def engine_prospects(model_type: str, spec: AttentionSpec, deepseek_refusal: str | None) -> dict[str, str]:
+def engine_prospects(
+    model_type: str, source_config: Mapping[str, Any], spec: AttentionSpec, deepseek_refusal: str | None
+) -> dict[str, str]:
     """For a source: what each engine would take of its conversions.
 
     `deepseek_refusal` is why format deepseek cannot hold the source; None where it can.
@@ -160,8 +168,7 @@ def engine_prospects(model_type: str, spec: AttentionSpec, deepseek_refusal: str
         "vllm-cpu": f"yes, format native at any width, with {PLUGIN}",
         "llama.cpp": f"no ({deepseek_refusal})",
     }
-    native = {"model_type": MODEL_TYPE_PREFIX + model_type, "latent_attention": {"mode": "absorbed"}}
-    if (reason := _vllm_cpu(native)) is not None:
+    if (reason := plugin_refusal(model_type, source_config)) is not None:
         prospects["vllm-cpu"] = f"no ({reason})"
     if deepseek_refusal is None:
         prospects["vllm"] = _widths(spec)
@@ -179,13 +186,14 @@ def _vllm_shapes(spec: AttentionSpec) -> list[tuple[int, int]]:
 
 
 def _no_shape(spec: AttentionSpec) -> str:
-    if all(spec.head_dim not in (nope, value) for nope, _, value in VLLM_GPU_PREFILL):
+    if all((nope, value) != (spec.head_dim, spec.head_dim) for nope, _, value in VLLM_GPU_PREFILL):
         return f"its prefill has no heads of {spec.head_dim} no-rope and value dims"
     return f"its least width is {min(VLLM_WIDTHS)}, the source caches {spec.cache_width}"
 
 
 def _budget(spec: AttentionSpec, shape: tuple[int, int]) -> float:
-    return sum(shape) / spec.cache_width
+    """The least --kv-budget of three digits that has room for a shape."""
+    return math.ceil(1000 * sum(shape) / spec.cache_width) / 1000
 
 
 def _widths(spec: AttentionSpec) -> str:
@@ -193,8 +201,8 @@ def _widths(spec: AttentionSpec) -> str:
     shapes = _vllm_shapes(spec)
     if not shapes:
         return f"no ({_no_shape(spec)})"
-    budgets = (f"{rank} + {rope} (--kv-budget {_budget(spec, (rank, rope)):.3f})" for rank, rope in shapes)
-    return "yes, format deepseek at rank + rope of " + " or ".join(budgets)
+    budgets = (f"{rank} + {rope} (--kv-budget {_budget(spec, (rank, rope))})" for rank, rope in shapes)
+    return "yes, format deepseek with --for vllm, rank + rope of " + " or ".join(budgets)
 
 
 def vllm_shape(spec: AttentionSpec, kv_budget: float) -> tuple[int, int]:
@@ -205,13 +213,19 @@ def vllm_shape(spec: AttentionSpec, kv_budget: float) -> tuple[int, int]:
     shapes = _vllm_shapes(spec)
     if not shapes:
         raise InvalidRecipe(f"vLLM on GPUs cannot take a conversion: {_no_shape(spec)}; --for vllm-cpu has any width")
-    fitting = [shape for shape in shapes if _budget(spec, shape) <= kv_budget]
+    fitting = [shape for shape in shapes if sum(shape) <= kv_budget * spec.cache_width]
     if not fitting:
         raise InvalidRecipe(
             f"--kv-budget {kv_budget} is {kv_budget * spec.cache_width:.0f} values a layer, vLLM has kernels for "
-            f"{sum(shapes[0])} and more; raise --kv-budget to {_budget(spec, shapes[0]):.4f} or take --for vllm-cpu"
+            f"{sum(shapes[0])} and more; raise --kv-budget to {_budget(spec, shapes[0])} or take --for vllm-cpu"
         )
     return fitting[-1]
+
+
+def plugin_refusal(model_type: str, source_config: Mapping[str, Any]) -> str | None:
+    """Why care's plugin for vLLM cannot run an absorbed conversion of a source; None where it can."""
+    native = {"model_type": MODEL_TYPE_PREFIX + model_type, "latent_attention": {"mode": "absorbed"}}
+    return _vllm_plugin({**source_config, **native})
 
 
 def _listed(values: tuple[Any, ...]) -> str:

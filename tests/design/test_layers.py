@@ -9,7 +9,7 @@ PACKAGE = Path(care.__file__).parent
 
 LAYERS = (
     {"errors", "carried", "types", "progress", "version"},
-    {"linalg", "rope", "attention", "checkpoint", "engines", "output"},
+    {"linalg", "rope", "attention", "checkpoint", "output"},
     {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats", "refit"},
     {
         "prefix",
@@ -25,6 +25,8 @@ LAYERS = (
         "modeling",
         "evaluation",
         "export",
+        "engines",
+        "serving",
     },
     {"cli", "commands"},
     {"__init__", "__main__"},

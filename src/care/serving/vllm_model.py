@@ -5,9 +5,13 @@ allocates pages by layer, so entries of different widths are not padded to one a
 and an entry is key and value at once: prefill, chunks of it and decode are one multi-query attention over pages.
 """
 
+# vLLM is not installed where this is checked.
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -52,9 +56,7 @@ class LatentMetadataBuilder(AttentionMetadataBuilder[LatentMetadata]):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> LatentMetadata:
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, **_: Any) -> LatentMetadata:
         """What vLLM's scheduler decided, as lists: requests are looped over."""
         common = common_attn_metadata
         return LatentMetadata(
@@ -118,7 +120,7 @@ class LatentPages(AttentionImpl[LatentMetadata]):
         page = kv_cache.shape[2]
         slots = attn_metadata.slots[:num_tokens].long()
         kv_cache[slots // page, 0, slots % page] = key[:num_tokens, 0]
-        for index, (start, stop) in enumerate(zip(starts, starts[1:])):
+        for index, (start, stop) in enumerate(pairwise(starts)):
             if stop == start:
                 continue
             length = attn_metadata.lengths[index]
@@ -174,7 +176,7 @@ class VllmLatentAttention(LatentAttentionModule):
             attn_backend=LatentBackend, prefix=f"{prefix}.attn", window=windows[index] if windows else None,
         )  # fmt: skip
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Tokens of all requests in a row: (T, D) in and out."""
         hidden_BTD, positions_BT = hidden_states[None], positions[None]
         q_BHTC = self._latent_queries(*self._split_queries(self._source_queries(hidden_BTD), positions_BT))
@@ -189,7 +191,9 @@ class VllmLatentAttention(LatentAttentionModule):
 class LatentModel(LlamaModel):
     """vLLM's Llama, whose gate and up projections are one, and whose attention is not fused."""
 
-    hf_to_vllm_mapper = WeightsMapper(orig_to_new_stacked={".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)})
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={".gate_proj": (".gate_up_proj", 0), ".up_proj": (".gate_up_proj", 1)}
+    )
 
 
 class LatentForCausalLM(LlamaForCausalLM):

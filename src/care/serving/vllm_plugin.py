@@ -4,10 +4,13 @@ vLLM calls `register` in each of its processes before a model is looked up. What
 when it reads the config, by the same rules that `care inspect` prints.
 """
 
+# vLLM is not installed where this is checked.
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+
 from typing import Any
 
-from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
-from vllm.transformers_utils.model_arch_config_convertor import (  # pyright: ignore[reportMissingImports]
+from vllm import ModelRegistry
+from vllm.transformers_utils.model_arch_config_convertor import (
     MODEL_ARCH_CONFIG_CONVERTORS,
     ModelArchConfigConvertorBase,
 )
