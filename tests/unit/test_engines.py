@@ -123,6 +123,11 @@ def test_the_widest_shape_within_the_budget(budget: float, shape: tuple[int, int
     assert vllm_shape(spec(8, 128), budget) == shape
 
 
+def test_the_source_width_is_no_shape() -> None:
+    """448 + 64 of 512 values: at the full budget conversion is parity, which has other rope dims."""
+    assert vllm_shape(spec(2, 128), 1.0) == (256, 64)
+
+
 @pytest.mark.parametrize(
     ("shape", "budget", "words"),
     [

@@ -10,11 +10,13 @@ when it reads the config, by the same rules that `care inspect` prints.
 from typing import Any
 
 from vllm import ModelRegistry
+from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import (
     MODEL_ARCH_CONFIG_CONVERTORS,
     ModelArchConfigConvertorBase,
 )
 
+from ..architectures import ARCHITECTURES
 from ..engines import ENGINES
 from ..errors import InvalidRecipe
 from ..formats.native import MODEL_TYPE_PREFIX, native_class_name
@@ -29,8 +31,8 @@ class NativeConvertor(ModelArchConfigConvertorBase):
 
     def convert(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - vLLM's
         """Refuse what the model class does not compute."""
-        config = self.hf_text_config.to_dict()
-        if (reason := ENGINES["vllm-cpu"].rule(config)) is not None:
+        engine = "vllm-cpu" if current_platform.is_cpu() else "vllm"
+        if (reason := ENGINES[engine].rule(self.hf_text_config.to_dict())) is not None:
             raise InvalidRecipe(f"vLLM does not take this checkpoint: {reason}")
         return super().convert(*arguments, **options)
 
@@ -47,6 +49,6 @@ class NativeConvertor(ModelArchConfigConvertorBase):
 def register() -> None:
     """Make the native format of every source known to vLLM; more than once is harmless."""
     native.register()
-    for model_type in native.ARCHITECTURES:
+    for model_type in ARCHITECTURES:
         MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE_PREFIX + model_type] = NativeConvertor
         ModelRegistry.register_model(native_class_name(model_type), MODEL)
