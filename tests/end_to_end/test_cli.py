@@ -568,7 +568,7 @@ FOR_VLLM: dict[str, tuple[str, list[str], str]] = {
     "another body": ("olmo2-norm", ["--for", "vllm-cpu"], "not that of olmo2; use --for anything"),
     "too large a budget": ("llama-mqa", ["--for", "vllm", "--kv-budget", "1.5"], "kv budget 1.5 must lie in (0, 1]"),
     "rebuilt keys": (
-        "llama-gqa", ["--for", "vllm-cpu", "--mode", "rebuild"], "--for vllm-cpu needs --format native in absorbed mode",
+        "llama-gqa", ["--for", "vllm-cpu", "--mode", "rebuild"], "vllm-cpu needs --format native in absorbed mode",
     ),
 }  # fmt: skip
 
