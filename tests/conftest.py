@@ -40,7 +40,7 @@ def _no_network() -> Any:
     real = socket.socket.connect
 
     def refuse(self: socket.socket, address: Any) -> None:
-        if self.family == socket.AF_UNIX:
+        if self.family == socket.AF_UNIX or address[0] == "127.0.0.1":
             return real(self, address)
         raise AssertionError(f"a test tried to connect to {address}")
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "generate",
     "export": "export",
     "report": "report",
+    "serve": "serve",
 }
 """Command name to module in care.commands."""
 

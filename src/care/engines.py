@@ -4,14 +4,19 @@ Every rule was met by running the engine or reading its source (docs/engines.md 
 a checkpoint and compute something else counts as one that does not take it.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from .architectures import ARCHITECTURES
+from .errors import InvalidRecipe
+from .formats.native import MODEL_TYPE_PREFIX
 from .rope import rope_settings
 from .types import AttentionSpec
 
-DEEPSEEK, NATIVE_PREFIX = "deepseek_v3", "care_"
-"""Model types of the two formats; any other is a source, which engines read without our doing."""
+DEEPSEEK = "deepseek_v3"
+"""Model type of the stock format; any other that is not native is a source, which engines read without our doing."""
 
 ONE_EPS = 1e-6
 """The eps of transformers' latent norm; an engine with one eps for all norms must find it in rms_norm_eps."""
@@ -28,9 +33,18 @@ VLLM_GPU_PREFILL = ((128, 64, 128), (192, 64, 256), (64, 64, 128))
 Rule = Callable[[Mapping[str, Any]], str | None]
 
 
+def _is_native(config: Mapping[str, Any]) -> bool:
+    return str(config.get("model_type")).startswith(MODEL_TYPE_PREFIX)
+
+
+def is_converted(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of one of our formats."""
+    return _is_native(config) or config.get("model_type") == DEEPSEEK
+
+
 def _stock(config: Mapping[str, Any]) -> str | None:
     """What keeps any engine from reading the config as a dense DeepSeek-V3 with one meaning."""
-    if str(config.get("model_type")).startswith(NATIVE_PREFIX):
+    if _is_native(config):
         return "per-layer widths need care's own class; convert with --recipe best-deepseek --format deepseek"
     if config.get("model_type") != DEEPSEEK:
         return f"model_type {config.get('model_type')} is not a converted model's"
@@ -50,16 +64,14 @@ def _one_eps(config: Mapping[str, Any]) -> str | None:
 
 
 def _transformers(config: Mapping[str, Any]) -> str | None:
-    if str(config.get("model_type")).startswith(NATIVE_PREFIX):
-        return "call care.register() first"
-    return None
+    return "call care.register() first" if _is_native(config) else None
 
 
 def _care(_config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _vllm(config: Mapping[str, Any]) -> str | None:
+def _vllm_stock(config: Mapping[str, Any]) -> str | None:
     if (reason := _stock(config) or _one_eps(config)) is not None:
         return reason
     if config.get("tie_word_embeddings"):
@@ -67,8 +79,10 @@ def _vllm(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _vllm_gpu(config: Mapping[str, Any]) -> str | None:
-    if (reason := _vllm(config)) is not None:
+def _vllm(config: Mapping[str, Any]) -> str | None:
+    if _is_native(config):
+        return "care's plugin was run on CPUs only; convert with --for vllm"
+    if (reason := _vllm_stock(config)) is not None:
         return reason
     width = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     if width not in VLLM_WIDTHS:
@@ -80,11 +94,23 @@ def _vllm_gpu(config: Mapping[str, Any]) -> str | None:
 
 
 def _vllm_cpu(config: Mapping[str, Any]) -> str | None:
-    if (reason := _vllm(config)) is not None:
+    if _is_native(config):
+        return _vllm_plugin(config)
+    if (reason := _vllm_stock(config)) is not None:
         return reason
     rank_rope = (config["kv_lora_rank"], config["qk_rope_head_dim"])
     if rank_rope != VLLM_CPU_RANK_ROPE:
-        return f"rank and rope are {rank_rope}, its CPU kernel has {VLLM_CPU_RANK_ROPE}"
+        return f"rank and rope are {rank_rope}, its CPU kernel has {VLLM_CPU_RANK_ROPE}; format native has any"
+    return None
+
+
+def _vllm_plugin(config: Mapping[str, Any]) -> str | None:
+    """What care's own classes in vLLM do not compute: they have Llama's body and attend to latents as they lie."""
+    if config["latent_attention"]["mode"] != "absorbed":
+        return "keys would be rebuilt at every step; convert with --mode absorbed"
+    model_type = config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
+    if not ARCHITECTURES[model_type].deepseek_body or config.get("hidden_act", "silu") != "silu":
+        return f"care's plugin has Llama's body, not that of {model_type}"
     return None
 
 
@@ -98,52 +124,108 @@ def _llama_cpp(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-ENGINES: dict[str, Rule] = {
-    "transformers": _transformers,
-    "care": _care,
-    "vllm-gpu": _vllm_gpu,
-    "vllm-cpu": _vllm_cpu,
-    "llama.cpp": _llama_cpp,
+@dataclass(frozen=True)
+class Engine:
+    """`rule` says why the engine does not take a config, None where it does; `recipe` is the best one for it."""
+
+    rule: Rule
+    recipe: str
+
+
+ENGINES: dict[str, Engine] = {
+    "transformers": Engine(_transformers, "best-deepseek"),
+    "care": Engine(_care, "best"),
+    "vllm": Engine(_vllm, "best-deepseek"),
+    "vllm-cpu": Engine(_vllm_cpu, "best"),
+    "llama.cpp": Engine(_llama_cpp, "best-deepseek"),
 }
-"""Engine to the rule that says why it does not take a config, None where it does. llama.cpp reads the exported file."""
+"""transformers is that without our code, vllm is that on GPUs; llama.cpp reads the exported file."""
+
+PLUGIN = "care installed beside vLLM"
 
 
 def engine_verdicts(config: Mapping[str, Any]) -> dict[str, str]:
-    """For a checkpoint's config: "yes", or "no" with the reason, by engine."""
-    return {engine: _said(rule(config)) for engine, rule in ENGINES.items()}
+    """For a checkpoint's config: "yes", with a condition where there is one, or "no" with the reason, by engine."""
+    verdicts: dict[str, str] = {}
+    for name, engine in ENGINES.items():
+        reason = engine.rule(config)
+        condition = f", with {PLUGIN}" if name == "vllm-cpu" and _is_native(config) else ""
+        verdicts[name] = f"yes{condition}" if reason is None else f"no ({reason})"
+    return verdicts
 
 
-def engine_prospects(spec: AttentionSpec, deepseek_refusal: str | None) -> dict[str, str]:
+def engine_prospects(
+    model_type: str, source_config: Mapping[str, Any], spec: AttentionSpec, deepseek_refusal: str | None
+) -> dict[str, str]:
     """For a source: what each engine would take of its conversions.
 
     `deepseek_refusal` is why format deepseek cannot hold the source; None where it can.
     """
-    every = {"transformers": "yes, native after care.register()", "care": "yes, any format"}
-    if deepseek_refusal is not None:
-        return every | dict.fromkeys(("vllm-gpu", "vllm-cpu", "llama.cpp"), f"no ({deepseek_refusal})")
-    gpu_ropes = [rope for nope, rope, value in VLLM_GPU_PREFILL if nope == value == spec.head_dim]
-    gpu = [(width - rope, rope) for rope in gpu_ropes for width in VLLM_WIDTHS]
-    return every | {
-        "vllm-gpu": _widths(spec, gpu, f"its prefill has no heads of {spec.head_dim} no-rope and value dims"),
-        "vllm-cpu": _widths(spec, [VLLM_CPU_RANK_ROPE], ""),
-        "llama.cpp": "yes, format deepseek at any width, through care export",
+    prospects = {
+        "transformers": "yes, native after care.register()",
+        "care": "yes, any format",
+        "vllm": f"no ({deepseek_refusal})",
+        "vllm-cpu": f"yes, format native at any width, with {PLUGIN}",
+        "llama.cpp": f"no ({deepseek_refusal})",
     }
+    if (reason := plugin_refusal(model_type, source_config)) is not None:
+        prospects["vllm-cpu"] = f"no ({reason})"
+    if deepseek_refusal is None:
+        prospects["vllm"] = _widths(spec)
+        prospects["llama.cpp"] = "yes, format deepseek at any width, through care export"
+    return prospects
 
 
-def _widths(spec: AttentionSpec, rank_ropes: list[tuple[int, int]], none: str) -> str:
-    """The budgets that give an engine's widths, or that there are none."""
-    fitting = [(rank, rope) for rank, rope in rank_ropes if rank + rope <= spec.cache_width]
-    if not rank_ropes:
-        return f"no ({none})"
+def _vllm_shapes(spec: AttentionSpec) -> list[tuple[int, int]]:
+    """Ranks and rope dims, narrowest first, for which vLLM has kernels on GPUs and which are a saving.
+
+    At the source's own width nothing is converted to one shape: that is parity.
+    """
+    ropes = sorted({rope for nope, rope, value in VLLM_GPU_PREFILL if nope == value == spec.head_dim})
+    return [(width - rope, rope) for width in VLLM_WIDTHS for rope in ropes if width < spec.cache_width]
+
+
+def _no_shape(spec: AttentionSpec) -> str:
+    if all((nope, value) != (spec.head_dim, spec.head_dim) for nope, _, value in VLLM_GPU_PREFILL):
+        return f"its prefill has no heads of {spec.head_dim} no-rope and value dims"
+    return f"its least width is {min(VLLM_WIDTHS)}, the source caches {spec.cache_width}"
+
+
+def _budget(spec: AttentionSpec, shape: tuple[int, int]) -> float:
+    """The least --kv-budget of three digits that has room for a shape."""
+    return math.ceil(1000 * sum(shape) / spec.cache_width) / 1000
+
+
+def _widths(spec: AttentionSpec) -> str:
+    """The budgets that give vLLM's widths, or that there are none."""
+    shapes = _vllm_shapes(spec)
+    if not shapes:
+        return f"no ({_no_shape(spec)})"
+    budgets = (f"{rank} + {rope} (--kv-budget {_budget(spec, (rank, rope))})" for rank, rope in shapes)
+    return "yes, format deepseek with --for vllm, rank + rope of " + " or ".join(budgets)
+
+
+def vllm_shape(spec: AttentionSpec, kv_budget: float) -> tuple[int, int]:
+    """The widest rank and rope dims within the budget that stock vLLM has kernels for.
+
+    Raises InvalidRecipe with the remedy where there are none.
+    """
+    shapes = _vllm_shapes(spec)
+    if not shapes:
+        raise InvalidRecipe(f"vLLM on GPUs cannot take a conversion: {_no_shape(spec)}; --for vllm-cpu has any width")
+    fitting = [shape for shape in shapes if sum(shape) <= kv_budget * spec.cache_width]
     if not fitting:
-        least = min(rank + rope for rank, rope in rank_ropes)
-        return f"no (its least width is {least}, the source caches {spec.cache_width})"
-    budgets = (f"{rank} + {rope} (--kv-budget {(rank + rope) / spec.cache_width:.3f})" for rank, rope in fitting)
-    return "yes, format deepseek at rank + rope of " + " or ".join(budgets)
+        raise InvalidRecipe(
+            f"--kv-budget {kv_budget} is {kv_budget * spec.cache_width:.0f} values a layer, vLLM has kernels for "
+            f"{sum(shapes[0])} and more; raise --kv-budget to {_budget(spec, shapes[0])} or take --for vllm-cpu"
+        )
+    return fitting[-1]
 
 
-def _said(reason: str | None) -> str:
-    return "yes" if reason is None else f"no ({reason})"
+def plugin_refusal(model_type: str, source_config: Mapping[str, Any]) -> str | None:
+    """Why care's plugin for vLLM cannot run an absorbed conversion of a source; None where it can."""
+    native = {"model_type": MODEL_TYPE_PREFIX + model_type, "latent_attention": {"mode": "absorbed"}}
+    return _vllm_plugin({**source_config, **native})
 
 
 def _listed(values: tuple[Any, ...]) -> str:

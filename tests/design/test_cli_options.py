@@ -4,7 +4,7 @@ import click
 import pytest
 
 from care.cli import COMMANDS, group
-from care.commands.convert import ENGINES
+from care.engines import ENGINES
 
 CALIBRATION = ["--samples", "--length", "--seed", "--context"]
 TEXT = ["--text", "--window", "--windows", "--skip"]
@@ -23,6 +23,7 @@ OPTIONS = {
     "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
     "export": ["model", "file", "--to", "--quantize", "--json"],
     "report": ["model", "page", "--measured", "--json"],
+    "serve": ["model", "--engine", "--port"],
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def test_everything_is_explained(name: str) -> None:
 def test_defaults_are_the_documented_ones() -> None:
     defaults = {p.opts[0]: p.default for p in command("convert").params}
     assert (defaults["--for"], defaults["--kv-budget"]) == ("anything", 0.5)
-    assert ENGINES["anything"] == "best"
+    assert ENGINES["care"].recipe == "best"
     assert (defaults["--samples"], defaults["--length"], defaults["--seed"]) == (128, 256, 42)
     defaults = {p.opts[0]: p.default for p in command("eval").params}
     assert (defaults["--window"], defaults["--windows"]) == (1024, 24)

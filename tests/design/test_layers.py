@@ -9,7 +9,7 @@ PACKAGE = Path(care.__file__).parent
 
 LAYERS = (
     {"errors", "carried", "types", "progress", "version"},
-    {"linalg", "rope", "attention", "checkpoint", "engines", "output", "ranks"},
+    {"linalg", "rope", "attention", "checkpoint", "output", "ranks"},
     {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats", "refit"},
     {
         "prefix",
@@ -26,6 +26,8 @@ LAYERS = (
         "evaluation",
         "export",
         "report",
+        "engines",
+        "serving",
     },
     {"cli", "commands"},
     {"__init__", "__main__"},

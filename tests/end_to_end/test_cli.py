@@ -544,7 +544,9 @@ def test_statistics_that_lack_what_a_recipe_needs_are_refused(
     assert_refused(outcome, "needs calibration of distances, gradients", out)
 
 
-@pytest.mark.parametrize(("engine", "architecture"), [("anything", "CareLlama"), ("llama.cpp", "DeepseekV3")])
+@pytest.mark.parametrize(
+    ("engine", "architecture"), [("anything", "CareLlama"), ("vllm-cpu", "CareLlama"), ("llama.cpp", "DeepseekV3")]
+)
 def test_an_engine_picks_recipe_and_format(
     tiny: TinyModels, care_main: Run, tmp_path: Path, text_file: Path, engine: str, architecture: str
 ) -> None:
@@ -559,6 +561,59 @@ def test_an_engine_and_another_format_are_refused(tiny: TinyModels, care_main: R
     out = tmp_path / "out"
     outcome = care_main("convert", tiny.directory("llama-gqa"), out, "--for", "vllm", "--format", "native")
     assert_refused(outcome, "--for vllm needs --format deepseek", out)
+
+
+FOR_VLLM: dict[str, tuple[str, list[str], str]] = {
+    "small heads": ("llama-gqa", ["--for", "vllm"], "prefill has no heads of 8 no-rope and value dims; --for vllm-cpu"),
+    "another body": ("olmo2-norm", ["--for", "vllm-cpu"], "not that of olmo2; use --for anything"),
+    "too large a budget": ("llama-mqa", ["--for", "vllm", "--kv-budget", "1.5"], "kv budget 1.5 must lie in (0, 1]"),
+    "rebuilt keys": (
+        "llama-gqa", ["--for", "vllm-cpu", "--mode", "rebuild"], "vllm-cpu needs --format native in absorbed mode",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FOR_VLLM))
+def test_what_vllm_cannot_run_is_refused(tiny: TinyModels, care_main: Run, tmp_path: Path, name: str) -> None:
+    source, options, words = FOR_VLLM[name]
+    assert_refused(care_main("convert", tiny.directory(source), tmp_path / "o", *options), words, tmp_path / "o")
+
+
+@pytest.mark.parametrize(("budget", "width"), [("0.5", 576), ("0.27", 512), ("0.16", 320)])
+def test_vllm_gets_the_widest_shape_that_it_has_a_kernel_for(
+    care_main: Run, tmp_path: Path, budget: str, width: int
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(LLAMA_70B))
+    outcome = care_main(
+        "convert", source, tmp_path / "o", "--for", "vllm", "--dry-run", "--kv-budget", budget, "--json", "-"
+    )
+    plan = outcome.json
+    assert plan["cache"][1]["values_per_token"] == 80 * width
+    assert plan["recipe"]["rope"]["dims"] == 64
+    assert f"vLLM has kernels for {width - 64} + 64 values" in outcome.stderr
+
+
+def test_serve_starts_the_server_in_its_own_place(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which and why on stderr; a model that nothing serves is one line with remedies."""
+    (tmp_path / "llama-server").write_text("#!/bin/sh\n")
+    (tmp_path / "llama-server").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda _path, command: started.append(command))
+    outcome = care_main("serve", tmp_path / "m.gguf", "--port", "8123")
+    assert "serving m.gguf with llama.cpp on port 8123 (the first that takes it; vllm: it takes check" in outcome.stderr
+    assert started == [[str(tmp_path / "llama-server"), "-m", str(tmp_path / "m.gguf"), "--jinja", "--port", "8123"]]
+    source = tiny.directory("llama-gqa")
+    assert "is not a converted model; serve it with" in care_main("serve", source).stderr
+    assert "is neither a converted model's directory nor" in care_main("serve", tmp_path / "absent").stderr
+    native = tiny.converted(Case("llama-gqa", "care-mla", 0.5, "absorbed", "native"))
+    assert "care: error: cannot serve" in care_main("serve", native, "--engine", "llama.cpp").stderr
+    assert len(started) == 1
 
 
 EXPORT_OPTIONS: dict[str, tuple[list[str], str]] = {

@@ -82,7 +82,7 @@ def describe(source: Source) -> dict[str, Any]:
         "formats": ", ".join(
             f"{name}: {f'no ({refusal})' if refusal else 'yes'}" for name, refusal in refusals.items()
         ),
-        "engines": engine_prospects(spec, refusals["deepseek"]),
+        "engines": engine_prospects(source.architecture.model_type, source.config, spec, refusals["deepseek"]),
         "parameters": Sizes.of(source).total,
         "cache": [cache_record(source, kept) for kept in (None, *BUDGETS)],
         "effort": effort_records(source, CalibrationRequest("python-help")),

@@ -114,7 +114,7 @@ def export_gguf(directory: Path, file: Path, quantization: str | None = None, *,
     if file.exists():
         raise BadInput(f"{file} exists; name a new file or remove it")
     config = read_json(directory / "config.json")
-    if (reason := ENGINES["llama.cpp"](config)) is not None:
+    if (reason := ENGINES["llama.cpp"].rule(config)) is not None:
         raise InvalidRecipe(f"llama.cpp cannot take {directory}: {reason}")
     name = quantization or OF_DTYPE.get(str(config.get("dtype")), "f32")
     kind, file_type = QUANTIZATIONS[checked_quantization(name)]

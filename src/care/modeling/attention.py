@@ -140,8 +140,7 @@ class LatentAttentionModule(nn.Module):
         """
         cache = past_key_values if cache is None else cache
         positions, key_positions = self._positions(hidden_states, position_ids, cache)
-        q_BTE = self.q_proj(hidden_states)
-        q_BHTK = self._heads(q_BTE if self.shape.qk_norm is None else self.q_norm(q_BTE), self.shape.num_heads)
+        q_BHTK = self._source_queries(hidden_states)
         entry_B1TC = self._cache_entry(hidden_states, positions)
         if cache is not None:
             # Everything is in one tensor; the cache's second one stays empty.
@@ -150,12 +149,21 @@ class LatentAttentionModule(nn.Module):
             q_BHTK = rotate_half_split(q_BHTK, *self._angles(positions, q_BHTK))
             mixed_BHTV = self._rebuild(q_BHTK, entry_B1TC, key_positions, attention_mask)
         else:
-            q_BHTQ = torch.einsum("hqk,bhtk->bhtq", self.q_head_map, q_BHTK)
-            q_nope, q_rope = q_BHTQ.split([self.shape.nope_dim, self.shape.rope_dim], dim=-1)
-            q_rope = rotate_interleaved(q_rope, *self._angles(positions, q_rope))
+            q_nope, q_rope = self._split_queries(q_BHTK, positions)
             attend = self._absorbed if q_BHTK.shape[2] == 1 else self._expanded
             mixed_BHTV = attend(q_nope, q_rope, entry_B1TC, attention_mask)
         return self.o_proj(mixed_BHTV.transpose(1, 2).flatten(2)), None
+
+    def _source_queries(self, hidden_states: Tensor) -> Tensor:
+        """The source's query heads before RoPE: (B, H, T, K)."""
+        q_BTE = self.q_proj(hidden_states)
+        return self._heads(q_BTE if self.shape.qk_norm is None else self.q_norm(q_BTE), self.shape.num_heads)
+
+    def _split_queries(self, q_BHTK: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """No-rope queries (B, H, T, N) and rotated ones (B, H, T, P) of an absorbed layer."""
+        q_BHTQ = torch.einsum("hqk,bhtk->bhtq", self.q_head_map, q_BHTK)
+        q_nope, q_rope = q_BHTQ.split([self.shape.nope_dim, self.shape.rope_dim], dim=-1)
+        return q_nope, rotate_interleaved(q_rope, *self._angles(positions, q_rope))
 
     def _positions(self, x_BTD: Tensor, position_ids: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
         """Positions (B or 1, tokens) of the queries and of all keys, cached ones included.
@@ -194,19 +202,28 @@ class LatentAttentionModule(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
         """One new token attends to the cache as it lies: heads become queries of a single key head."""
-        B, H = q_rope.shape[:2]
-        query = q_rope
-        if self.shape.key_rank:
-            k_up_GNR = self.k_b_proj.weight.view(self.shape.num_kv_heads, self.shape.nope_dim, -1)
-            q_BGAN = q_nope.reshape(B, self.shape.num_kv_heads, -1, self.shape.nope_dim)
-            q_latent = torch.einsum("bgan,gnr->bgar", q_BGAN, k_up_GNR).reshape(B, H, 1, -1)
-            query = torch.cat((q_rope, q_latent), dim=-1)
+        query = self._latent_queries(q_nope, q_rope)
         keys = entry_B1UC[..., : self.shape.rope_dim + self.shape.key_rank]
         values = entry_B1UC[..., entry_B1UC.shape[-1] - self.shape.value_rank :]
         mixed_B1HR = self._weigh(query.transpose(1, 2), keys, values, mask)
-        v_up_GVR = self.v_b_proj.weight.view(self.shape.num_kv_heads, self.shape.v_head_dim, -1)
-        mixed_BGAR = mixed_B1HR.reshape(B, self.shape.num_kv_heads, -1, self.shape.value_rank)
-        return torch.einsum("bgar,gvr->bgav", mixed_BGAR, v_up_GVR).reshape(B, H, 1, -1)
+        return self._head_values(mixed_B1HR.transpose(1, 2))
+
+    def _latent_queries(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
+        """Queries of the cache itself: (B, H, T, P + k_rank), as its first columns lie."""
+        B, H, T, _ = q_rope.shape
+        if not self.shape.key_rank:
+            return q_rope
+        k_up_GNR = self.k_b_proj.weight.view(self.shape.num_kv_heads, self.shape.nope_dim, -1)
+        q_BGAN = q_nope.reshape(B, self.shape.num_kv_heads, -1, self.shape.nope_dim)
+        q_latent = torch.einsum("bgan,gnr->bgar", q_BGAN, k_up_GNR).reshape(B, H, T, -1)
+        return torch.cat((q_rope, q_latent), dim=-1)
+
+    def _head_values(self, mixed_BHTR: Tensor) -> Tensor:
+        """Each head's mixture of latents, as wide as v_rank, as values: (B, H, T, V)."""
+        B, H, T, R = mixed_BHTR.shape
+        v_up_GVR = self.v_b_proj.weight.view(self.shape.num_kv_heads, self.shape.v_head_dim, R)
+        mixed_BGAR = mixed_BHTR.reshape(B, self.shape.num_kv_heads, -1, R)
+        return torch.einsum("bgar,gvr->bgav", mixed_BGAR, v_up_GVR).reshape(B, H, T, -1)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
         """Prefill: per-head no-rope keys and values, computed once for many queries."""

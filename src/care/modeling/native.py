@@ -93,6 +93,15 @@ def native_classes(model_type: str) -> tuple[type, type]:
     return config_class, model_class
 
 
+def __getattr__(name: str) -> type:
+    """The classes by their names, which is how pickle finds the class of a config in another process."""
+    for model_type in ARCHITECTURES:
+        stem = native_class_name(model_type).removesuffix("ForCausalLM")
+        if name in (f"{stem}Config", f"{stem}ForCausalLM"):
+            return native_classes(model_type)[name.endswith("ForCausalLM")]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def register() -> None:
     """Let transformers' Auto classes load native checkpoints."""
     for model_type in ARCHITECTURES:

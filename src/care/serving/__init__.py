@@ -1,0 +1,1 @@
+"""Running converted models where people serve models: care's plugin for vLLM, and starting an engine's own server."""
