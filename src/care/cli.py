@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "convert",
     "eval": "evaluate",
     "compare": "compare",
+    "heal": "heal",
     "generate": "generate",
     "export": "export",
 }

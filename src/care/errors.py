@@ -23,3 +23,7 @@ class DiskFull(BadInput):
 
 class Interrupted(CareError):
     """Work that a person stopped, and that can be continued."""
+
+
+class Diverged(CareError):
+    """Training met a loss that is not a number; what was good before it is kept."""
