@@ -69,9 +69,12 @@ def command(
         meters = [stack.enter_context(_bar())]
         if tensorboard is not None:
             meters.append(stack.enter_context(_board(tensorboard)))
-        report = heal(
-            request, out_dir, device=device, say=say, track=rich_track, meter=lambda e: [m(e) for m in meters] and None
-        )
+
+        def meter(entry: Step | HeldOut) -> None:
+            for tell in meters:
+                tell(entry)
+
+        report = heal(request, out_dir, device=device, say=say, track=rich_track, meter=meter)
     if report:
         looks = report["held_out"]
         columns = ("held out", "tokens", "CE", "KL")
@@ -89,8 +92,9 @@ def _bar() -> Generator[Meter]:
     """Loss, speed and remaining time: a bar on a terminal, else a line now and then."""
     begun = said = time.monotonic()
     first: Step | None = None
-    columns = (TextColumn("healing"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TextColumn("{task.description}"),
-               TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
+    columns = (TextColumn("healing"), BarColumn(), TextColumn("{task.percentage:.0f} %"),
+               TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("ETA"),
+               TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
         task = progress.add_task("", total=1.0)
 

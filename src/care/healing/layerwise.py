@@ -18,12 +18,12 @@ from ..refit import OutputMoments, Ridge
 
 
 def refit_outputs(
-    student: Any,
-    teacher: Any,
+    student: Any,  # noqa: ANN401 - transformers models
+    teacher: Any,  # noqa: ANN401
     windows_BT: Tensor,
     *,
     post_norm: bool,
-    track: Track = silent,  # noqa: ANN401
+    track: Track = silent,
 ) -> Mapping[str, Tensor]:
     """New output projections by parameter name; the student has them already. Teacher and student are of one shape.
 
@@ -35,7 +35,7 @@ def refit_outputs(
     own, theirs = (DecoderLayers(model, paths, WholeModel(), str(model.device)) for model in (student, teacher))
     found = dict[str, Tensor]()
     with TemporaryDirectory(prefix="care-") as directory:
-        shape = (*windows_BT.shape, own.hidden_size)
+        shape = (len(windows_BT), windows_BT.shape[1], own.hidden_size)
         streams = [Stream(Path(directory), name, shape) for name in ("student", "teacher")]
         batches = windows_BT.split(batch_size(windows_BT.shape[1]))
         for stream, layers in zip(streams, (own, theirs), strict=True):

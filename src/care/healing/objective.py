@@ -99,10 +99,15 @@ class Distiller(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.student, self.teacher, self.objective = student, teacher, objective
+        self.student, self.objective = student, objective
+        self.teacher = teacher.requires_grad_(requires_grad=False)
+        # Where Accelerate finds which modules to shard one by one.
+        self._no_split_modules: Any = sorted(
+            {name for model in (student, teacher) for name in getattr(model, "_no_split_modules", None) or ()}
+        )
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Means over all predictions of windows (B, T): what is minimized, CE, KL; (3,). Only the first has a gradient."""
+        """Means over all predictions of windows (B, T): what is minimized, CE, KL: (3,). The first has a gradient."""
         labels_N = tokens_BT[:, 1:].flatten()
         with torch.no_grad():
             teacher_ND = hidden_states(self.teacher, tokens_BT)

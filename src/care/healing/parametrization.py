@@ -10,6 +10,7 @@ matrix's rate is its rms times the rate of the run: a rate is a relative step.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def rebalance(kv_down: nn.Linear, num_latent: int, segments: Sequence[Segment]) 
     weight = kv_down.weight.detach()
     rope = weight[num_latent:]
     scale = rms(rope) if len(rope) else weight.shape[1] ** -0.5
-    down = weight if kv_down.bias is None else torch.cat((weight, kv_down.bias.detach()[:, None]), 1)
+    bias = getattr(kv_down, "bias", None)
+    down = weight if bias is None else torch.cat((weight, bias.detach()[:, None]), 1)
     with torch.no_grad():
         for segment in segments:
             rows = slice(segment.first, segment.last)
@@ -53,8 +55,8 @@ def rebalance(kv_down: nn.Linear, num_latent: int, segments: Sequence[Segment]) 
             new_RX, new_ER = _fitted_shapes(down[rows], torch.cat(ups))
             factor = scale / max(rms(new_RX), torch.finfo(torch.float32).tiny)
             kv_down.weight[rows] = (new_RX[:, : weight.shape[1]] * factor).to(weight)
-            if kv_down.bias is not None:
-                kv_down.bias[rows] = (new_RX[:, -1] * factor).to(weight)
+            if bias is not None:
+                bias[rows] = (new_RX[:, -1] * factor).to(weight)
             parts = (new_ER / factor).split([len(up) for up in ups])
             for (up, columns), part in zip(segment.readers, parts, strict=True):
                 up.weight[:, columns] = part.to(up.weight)
@@ -77,7 +79,7 @@ def native_segments(module: LatentAttentionModule) -> list[Segment]:
     first_value = s.kv_lora_rank - s.value_rank
     cuts = sorted({0, first_value, s.key_rank, s.kv_lora_rank})
     segments = []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in pairwise(cuts):
         readers = []
         if last <= s.key_rank:
             readers.append((module.k_b_proj, slice(first, last)))

@@ -6,6 +6,7 @@ from ..errors import InvalidRecipe
 from .objective import Objective
 from .students import TRAINED, Trained
 
+CE_AND_KL = Objective()
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -25,7 +26,7 @@ class HealingRequest:
     tokens: int | None = None
     trained: Trained = "attention"
     lora_rank: int = 16
-    objective: Objective = Objective()
+    objective: Objective = CE_AND_KL
     rate: float = 4e-3
     batch: int = 4
     length: int = 512

@@ -1,6 +1,5 @@
 """A healing run from paths to a directory: refit, distill, write in the model's own format."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -11,14 +10,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..architectures import architecture_for
 from ..calibration import load_text
-from ..checkpoint import CONVERSION_NAME, INDEX_NAME, SafetensorsReader, check_finite, read_header, read_json
+from ..checkpoint import CONVERSION_NAME, INDEX_NAME, SafetensorsReader, check_finite, read_json
 from ..errors import BadInput, InvalidRecipe
-from ..modeling.loading import Location, expected_shapes, load_config, load_model, load_tokenizer, locate, tokenize
+from ..modeling.loading import Location, load_config, load_model, load_tokenizer, locate, tokenize
 from ..output import CheckpointWriter, Say, check_output_free, check_space, partial_of, save_tensors, unsaid, writing
 from ..progress import Track, silent
 from ..refit import Ridge
@@ -28,7 +28,7 @@ from .data import SELF, Windows, split_windows, write_text
 from .layerwise import refit_outputs
 from .objective import Distiller
 from .request import HealingRequest
-from .students import checkpoint_tensors, open_student, rates
+from .students import checkpoint_tensors, open_student, rates, recompute_activations
 from .training import Meter, Training, unmetered
 
 HEALING_NAME = "healing.json"
@@ -93,6 +93,8 @@ def heal(
     What a killed run of the same request has trained is not trained again.
     """
     check_output_free(out_dir)
+    # Accelerate keeps its first choice for the life of the process; a second run may make another.
+    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if request.precision == "bfloat16" else "no")
     if request.batch % accelerator.num_processes:
         raise InvalidRecipe(f"--batch {request.batch} cannot be shared evenly by {accelerator.num_processes} processes")
@@ -143,16 +145,15 @@ class _Job:
         self._refit = self._made("refit", lambda: self._refit_outputs(windows))
         student = self._student()
         if request.recompute:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(student)
         distiller = Distiller(student, teacher, request.objective)
-        distiller._no_split_modules = [*student._no_split_modules, *teacher._no_split_modules]
         return Training(self._accelerator, request, distiller, rates(student), windows, self._work, meter)
 
     def _teacher(self) -> Any:  # noqa: ANN401
         """Frozen; in bfloat16 where the run is and the checkpoint too, so that nothing is lost, else in fp32."""
         stated = str(load_config(self._pair.teacher).get("dtype")).removeprefix("torch.")
         dtype = torch.bfloat16 if stated == self._request.precision == "bfloat16" else torch.float32
-        return load_model(self._pair.teacher, dtype=dtype, device=str(self._accelerator.device)).requires_grad_(False)
+        return load_model(self._pair.teacher, dtype=dtype, device=str(self._accelerator.device))
 
     def _student(self) -> Any:  # noqa: ANN401
         """The model in balanced factors, after the refit."""
@@ -163,7 +164,7 @@ class _Job:
         """Tensors that the main process makes once and all read."""
         path = self._work / f"{name}.safetensors"
         if self._accelerator.is_main_process and not path.exists():
-            save_tensors(path, make(), {})
+            save_tensors(path, make(), {"format": "pt"})
         self._accelerator.wait_for_everyone()
         return load_file(path)
 
@@ -225,6 +226,7 @@ class _Job:
             "care_version": __version__,
             "request": {**described, "rate": self._request.rate},
             "processes": self._accelerator.num_processes,
+            "sharded": self._accelerator.is_fsdp2,
             "refit": sorted(self._refit) != [],
             "num_steps": num_steps,
             "seconds": training.journal.seconds,

@@ -33,7 +33,7 @@ def open_student(location: Location, trained: Trained, lora_rank: int, seed: int
         open_deepseek(model)
     elif model_type.startswith(MODEL_TYPE_PREFIX):
         open_native(model)
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     if trained == "lora":
         _add_lora(model, lora_rank, seed)
     for name, parameter in model.named_parameters():
@@ -56,6 +56,13 @@ def _add_lora(model: Any, rank: int, seed: int) -> None:  # noqa: ANN401
     torch.manual_seed(seed)
     target = r".*\.self_attn\.\w+_proj(_with_mqa)?"
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=target), model)
+
+
+def recompute_activations(model: Any) -> None:  # noqa: ANN401
+    """Keep what enters each layer and compute the rest again in the backward pass."""
+    # transformers 5.24 renamed it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def rates(model: Any) -> dict[str, float]:  # noqa: ANN401

@@ -3,13 +3,13 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..errors import Diverged
 from ..output import writing
@@ -75,7 +77,7 @@ class Training:
         step = self._restore()
         start, before = time.monotonic(), self._journal.seconds if self._journal else 0.0
         saved = start
-        last = -1.0
+        last = self._fraction(step - 1, before) if step else -1.0
         while (fraction := self._fraction(step, before + time.monotonic() - start)) < 1:
             if math.floor(fraction * EVALUATIONS) > math.floor(last * EVALUATIONS):
                 self._look_at_held_out(step)
@@ -123,7 +125,8 @@ class Training:
                 accelerator.backward(found[0] * share)
             terms += found.detach() * share
         norm = accelerator.clip_grad_norm_(self._parameters, LARGEST_GRADIENT)
-        found = torch.cat((accelerator.reduce(terms, "mean"), _whole(norm).reshape(1).to(terms)))
+        terms = torch.as_tensor(accelerator.reduce(terms, "mean"))
+        found = torch.cat((terms, _whole(norm).reshape(1).to(terms)))
         self._check_finite(step, found)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -134,8 +137,9 @@ class Training:
     def _check_finite(self, step: int, found: Tensor) -> None:
         if not bool(torch.isfinite(found).all()):
             raise Diverged(
-                f"the loss is {float(found[0])} and its gradient {float(found[3])} at step {step}; the last good checkpoint "
-                f"is kept in {self._work}, and the same command with a --rate below {self._request.rate:g} goes on from it"
+                f"the loss is {float(found[0])} and its gradient {float(found[3])} at step {step}; the last good "
+                f"checkpoint is kept in {self._work}, and the same command with a --rate below "
+                f"{self._request.rate:g} goes on from it"
             )
 
     def _write(self, step: int, fraction: float, seconds: float, found: Tensor, rate: float) -> None:
@@ -181,9 +185,9 @@ class Training:
         if self._accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
         self._accelerator.wait_for_everyone()
-        with writing(done):
+        with writing(done), _alone_or_not():
             try:
-                dcp.save(self._state(), checkpoint_id=part, no_dist=self._accelerator.num_processes == 1)
+                save(self._state(), checkpoint_id=part)
             except CheckpointException as error:
                 raise next(iter(error.failures.values()))[0] from error
         self._accelerator.wait_for_everyone()
@@ -203,7 +207,8 @@ class Training:
         if not found:
             return 0
         state = self._state()
-        dcp.load(state, checkpoint_id=found[-1], no_dist=self._accelerator.num_processes == 1)
+        with _alone_or_not():
+            load(state, checkpoint_id=found[-1])
         set_state_dict(
             self._model, self._optimizer.optimizer, model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
@@ -216,6 +221,14 @@ class Training:
         options = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
         state = self._only_trained(get_model_state_dict(self._model, options=options))
         return {name.removeprefix(STUDENT): tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def _alone_or_not() -> Generator[None]:
+    """Without torch's advice, on one process, that there is only one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _whole(norm: Any) -> Tensor:  # noqa: ANN401
