@@ -18,6 +18,11 @@ OPTIONS = {
     ],
     "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
     "compare": ["model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, *TEXT, "--device", "--json"],
+    "heal": [
+        "model", "out_dir", "--teacher", "--data", "--minutes", "--tokens", "--train", "--lora-rank", "--beta",
+        "--temperature", "--kl-only", "--rate", "--batch", "--length", "--together", "--held-out", "--refit-tokens",
+        "--precision", "--recompute", "--seed", "--checkpoint-minutes", "--tensorboard", "--device", "--json",
+    ],
     "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
     "export": ["model", "file", "--to", "--quantize", "--json"],
 }  # fmt: skip

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from safetensors.torch import load_file
+from test_resume import run_care
 
 import care.healing.run
 from care.calibration import first_windows
@@ -21,8 +22,7 @@ from care.evaluation import measure
 from care.healing import HealingRequest, Objective, heal, training
 from care.healing.training import Training
 from care.modeling.loading import Location, load_model, logits
-from test_resume import run_care
-from tiny import Case, TinyModels, build_checkpoint, random_text, TINY
+from tiny import TINY, Case, TinyModels, build_checkpoint, random_text
 from tolerances import TOLERANCES, assert_numbers
 
 SOURCE = "llama-gqa"
@@ -99,7 +99,7 @@ def test_the_refit_knows_the_scaled_residual_stream(tiny: TinyModels, tmp_path: 
 @pytest.mark.parametrize("options", [{"recompute": True}, {"together": 1}], ids=str)
 def test_what_saves_memory_changes_no_losses(tiny: TinyModels, tmp_path: Path, options: dict[str, Any]) -> None:
     plain = heal(request_for(tiny, together=4), tmp_path / "plain")
-    other = heal(request_for(tiny, **{"together": 4} | options), tmp_path / "other")
+    other = heal(replace(request_for(tiny, together=4), **options), tmp_path / "other")
     assert_numbers(losses_of(other), losses_of(plain), "fp32 nats")
 
 
@@ -125,7 +125,9 @@ def test_low_rank_additions_are_merged(tiny: TinyModels, tmp_path: Path) -> None
     looks = report["held_out"]
     assert looks[-1]["kl"] < 0.98 * looks[0]["kl"]
     assert tensors_of(tmp_path / "healed").keys() == tensors_of(tiny.converted(NATIVE)).keys()
-    after = heal(replace(request_for(tiny, tokens=0, refit_tokens=0), model=str(tmp_path / "healed")), tmp_path / "twice")
+    after = heal(
+        replace(request_for(tiny, tokens=0, refit_tokens=0), model=str(tmp_path / "healed")), tmp_path / "twice"
+    )
     assert_numbers(after["held_out"][0]["kl"], looks[-1]["kl"], "fp32 nats")
 
 
@@ -195,7 +197,9 @@ def test_killed_it_goes_on_to_the_same_losses(tiny: TinyModels, tmp_path: Path, 
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last good checkpoint is kept, and a smaller rate goes on from it."""
     real = Training._step  # pyright: ignore[reportPrivateUsage]
 
@@ -257,7 +261,7 @@ class _Sharding(Accelerator):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.state.distributed_type = DistributedType.FSDP
+        self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
         )

@@ -28,9 +28,7 @@ def written_out(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, asked:
 
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-mha", "gemma2-softcap"])
 @pytest.mark.parametrize("asked", OBJECTIVES, ids=str)
-def test_terms_and_gradients(
-    tiny: TinyModels, name: str, asked: Objective, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_terms_and_gradients(tiny: TinyModels, name: str, asked: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied head, one of its own, and one with a soft cap; chunks that do not divide the positions."""
     monkeypatch.setattr(objective, "CHUNK", 7)
     teacher, tokens = tiny.source_model(name), random_tokens(12, batch=2)

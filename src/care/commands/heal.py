@@ -28,7 +28,9 @@ from .console import LOG_SECONDS, device_option, emit, err, json_option, rich_tr
     "--minutes", type=float, help="How long to train by the clock, refit and writing by the teacher included."
 )
 @click.option("--tokens", type=int, help="How long to train by tokens.")
-@click.option("--train", "trained", type=click.Choice(TRAINED), default="attention", show_default=True)
+@click.option(
+    "--train", "trained", type=click.Choice(TRAINED), default="attention", show_default=True, help="Which weights."
+)
 @click.option("--lora-rank", default=HealingRequest.lora_rank, show_default=True, help="Rank of --train lora.")
 @click.option(
     "--beta", default=Objective.beta, show_default=True, help="Weight of the divergence beside cross-entropy."
@@ -41,10 +43,18 @@ from .console import LOG_SECONDS, device_option, emit, err, json_option, rich_tr
 @click.option("--together", default=HealingRequest.together, show_default=True, help="Windows on a device at a time.")
 @click.option("--held-out", default=HealingRequest.held_out, show_default=True, help="Windows that are not trained on.")
 @click.option("--refit-tokens", type=int, help="Refit outputs on so many tokens first; default: if conversion did not.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="float32",
+    show_default=True,
+    help="Of products; sums are fp32.",
+)
 @click.option("--recompute", is_flag=True, help="Gradient checkpointing: less memory, a third more time.")
 @click.option("--seed", default=HealingRequest.seed, show_default=True, help="Draws the order of windows.")
-@click.option("--checkpoint-minutes", default=HealingRequest.checkpoint_minutes, show_default=True)
+@click.option(
+    "--checkpoint-minutes", default=HealingRequest.checkpoint_minutes, show_default=True, help="Between checkpoints."
+)
 @click.option("--tensorboard", type=click.Path(path_type=Path), metavar="DIR", help="Write the curve there as well.")
 @device_option
 @json_option

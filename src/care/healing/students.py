@@ -6,11 +6,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import BadInput
 from ..formats.native import MODEL_TYPE_PREFIX
-from ..modeling.loading import Location, load_config, load_model
+from ..modeling.loading import Location, checkpoint_layout, load_config, load_model
 from .parametrization import close_deepseek, deepseek_layers, open_deepseek, open_native, relative_rate
 
 Trained = Literal["attention", "all", "lora"]
@@ -92,7 +91,7 @@ def checkpoint_tensors(model: Any, trained: Trained) -> dict[str, Tensor]:  # no
         for name, tensor in model.state_dict().items()
         if name not in tied and not LORA.search(name)
     }
-    tensors = dict(state if trained != "all" else revert_weight_conversion(model, dict(state)))
+    tensors = dict(state if trained != "all" else checkpoint_layout(model, dict(state)))
     if trained != "all":
         tensors = {name: tensor for name, tensor in tensors.items() if ATTENTION in name}
     if model.config.model_type == "deepseek_v3":
