@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "convert",
     "eval": "evaluate",
     "compare": "compare",
+    "heal": "heal",
     "generate": "generate",
     "export": "export",
     "report": "report",
@@ -27,6 +28,9 @@ COMMANDS = {
 
 IN_PROCESSES = ("calibrate", "convert")
 """What torchrun can start in several processes that share the work."""
+
+WITH_ACCELERATE = ("heal",)
+"""What shares the work by Accelerate's means, which joins the processes itself."""
 
 EXIT_ERROR = 2
 
@@ -48,7 +52,7 @@ class _Commands(click.Group):
 @click.pass_context
 def group(ctx: click.Context) -> None:
     """Turn a pretrained GQA or MHA language model into a multi-head latent attention model."""
-    if _started_processes() > 1 and ctx.invoked_subcommand not in IN_PROCESSES:
+    if _started_processes() > 1 and ctx.invoked_subcommand not in IN_PROCESSES + WITH_ACCELERATE:
         raise InvalidRecipe(f"care {ctx.invoked_subcommand} runs in one process; start it without torchrun")
 
 
@@ -58,7 +62,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if _started_processes() == 1:
+    if _started_processes() == 1 or sys.argv[1:2] == list(WITH_ACCELERATE):
         _leave(*_run())
     from .ranks import first_to_fail, joined  # noqa: PLC0415 - loads torch
 

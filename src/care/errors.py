@@ -27,3 +27,7 @@ class OtherFailed(CareError):
 
 class Interrupted(CareError):
     """Work that a person stopped, and that can be continued."""
+
+
+class Diverged(CareError):
+    """Training met a loss that is not a number; what was good before it is kept."""

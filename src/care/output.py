@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import CONVERSION_NAME, INDEX_NAME, read_header, read_json
-from .errors import BadInput, CareError, DiskFull, Interrupted, OtherFailed
+from .errors import BadInput, CareError, DiskFull, Diverged, Interrupted, OtherFailed
 from .ranks import first_to_fail, is_main, on_main
 
 RUN_NAME = "run.json"
@@ -86,7 +86,8 @@ class DirectoryWriter:
 
     `run` describes the run, as JSON, as far as it decides about the bytes of the output. What a run of the same
     description left unfinished is continued; anything else is started afresh. What is left behind: nothing after an
-    error that the user must mend, everything after a full disk, an interrupt, a kill or the failure of another process.
+    error that the user must mend, everything after a full disk, a loss that is no number, an interrupt, a kill or the
+    failure of another process.
     Without `run` nothing is kept.
     """
 
@@ -131,7 +132,9 @@ class DirectoryWriter:
     ) -> None:
         if kind is None:
             on_main(self._finish)
-        elif self._run is None or (issubclass(kind, CareError) and not issubclass(kind, (DiskFull, OtherFailed))):
+        elif self._run is None or (
+            issubclass(kind, CareError) and not issubclass(kind, DiskFull | Diverged | OtherFailed)
+        ):
             # Others may fail at files that are gone; that is not what a person must mend.
             if first_to_fail():
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -182,6 +185,12 @@ class CheckpointWriter(DirectoryWriter):
 
     def finish(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         """Index, config and provenance: what makes the directory a checkpoint."""
+        self.index()
+        self.write_json("config.json", config)
+        self.write_json(CONVERSION_NAME, provenance)
+
+    def index(self) -> None:
+        """Which tensor is in which shard, once all of them are there."""
         weight_map: dict[str, str] = {}
         num_bytes = 0
         for number in range(1, self._num_shards + 1):
@@ -190,5 +199,3 @@ class CheckpointWriter(DirectoryWriter):
             num_bytes += sum(last - first for first, last in header.values())
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_json(INDEX_NAME, index)
-        self.write_json("config.json", config)
-        self.write_json(CONVERSION_NAME, provenance)

@@ -64,7 +64,7 @@ class Prefix:
     def fitted(self, index: int, latent: LatentAttention) -> LatentAttention:
         """The layer with its output projection refit; both streams are then past it."""
         self._enter(index)
-        moments = OutputMoments(latent)
+        moments = OutputMoments.of(latent)
         with self._layers.holding(index):
             self._own.at(index + 1).write(self._compared(index, self._module(index, latent), moments))
             latent = self._refit.output(latent, moments)

@@ -10,7 +10,7 @@ is relative to the correction, and a layer without error stays as it is.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -23,17 +23,22 @@ from .types import LatentAttention
 class OutputMoments:
     """Sums over tokens of z z^T and (y - O z) z^T, fp64 on the CPU; products in fp32."""
 
-    def __init__(self, latent: LatentAttention) -> None:
-        D, H, V = latent.out_DHV.shape
+    def __init__(self, out_DZ: Tensor, bias_D: Tensor | None) -> None:
+        D, Z = out_DZ.shape
         self.num_tokens = 0
-        self._out_DZ = latent.out_DHV.reshape(D, H * V).float()
-        self._bias_D = latent.carried.out_bias_D
-        self.inner_ZZ = torch.zeros(H * V, H * V, dtype=torch.float64)
-        self.cross_DZ = torch.zeros(D, H * V, dtype=torch.float64)
+        self.out_DZ = out_DZ
+        self._bias_D = bias_D
+        self.inner_ZZ = torch.zeros(Z, Z, dtype=torch.float64)
+        self.cross_DZ = torch.zeros(D, Z, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, latent: LatentAttention) -> Self:
+        """No tokens yet, for a converted layer's projection."""
+        return cls(latent.out_DHV.flatten(1), latent.carried.out_bias_D)
 
     def add(self, z_TZ: Tensor, y_TD: Tensor) -> None:
         """Add what the projection read and what it should have given, its bias included."""
-        error_TD = y_TD - z_TZ @ self._out_DZ.to(z_TZ.device).T
+        error_TD = y_TD - z_TZ @ self.out_DZ.to(z_TZ).T
         error_TD = error_TD if self._bias_D is None else error_TD - self._bias_D.to(error_TD)
         self.num_tokens += z_TZ.shape[0]
         self.inner_ZZ += (z_TZ.T @ z_TZ).cpu()
@@ -57,17 +62,19 @@ class Ridge:
         if self.ridge <= 0:
             raise InvalidRecipe(f"refit.ridge is {self.ridge}; it must be positive")
 
-    def output(self, latent: LatentAttention, moments: OutputMoments) -> LatentAttention:
-        """The layer with its output projection refit to the moments of all processes."""
-        D, H, V = latent.out_DHV.shape
-        start_DZ = latent.out_DHV.reshape(D, H * V).double()
+    def fitted(self, moments: OutputMoments) -> Tensor:
+        """The output projection refit to the moments of all processes, from theirs on: (D, Z) in fp64."""
         num_tokens = count_over_ranks(moments.num_tokens)
         inner_ZZ = sum_over_ranks(moments.inner_ZZ) / num_tokens
         cross_DZ = sum_over_ranks(moments.cross_DZ) / num_tokens
         damping = self.ridge * inner_ZZ.diagonal().mean()
-        system_ZZ = inner_ZZ + damping * torch.eye(H * V, dtype=torch.float64)
+        system_ZZ = inner_ZZ + damping * torch.eye(len(inner_ZZ), dtype=torch.float64)
         correction_DZ = torch.linalg.solve(system_ZZ, cross_DZ.T).T
-        return replace(latent, out_DHV=(start_DZ + correction_DZ).view(D, H, V))
+        return moments.out_DZ.double().cpu() + correction_DZ
+
+    def output(self, latent: LatentAttention, moments: OutputMoments) -> LatentAttention:
+        """The layer with its output projection refit."""
+        return replace(latent, out_DHV=self.fitted(moments).view(latent.out_DHV.shape))
 
 
 REFITS = {"ridge": Ridge}

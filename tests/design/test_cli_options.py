@@ -20,6 +20,11 @@ OPTIONS = {
     "compare": [
         "model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, "--format", *TEXT, "--device", "--json",
     ],
+    "heal": [
+        "model", "out_dir", "--teacher", "--data", "--minutes", "--tokens", "--train", "--lora-rank", "--beta",
+        "--temperature", "--kl-only", "--rate", "--batch", "--length", "--together", "--held-out", "--refit-tokens",
+        "--precision", "--recompute", "--seed", "--checkpoint-minutes", "--tensorboard", "--device", "--json",
+    ],
     "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
     "export": ["model", "file", "--to", "--quantize", "--json"],
     "report": ["model", "page", "--measured", "--json"],

@@ -38,7 +38,7 @@ def read_and_wanted(latent: LatentAttention, tokens: int) -> tuple[Tensor, Tenso
 def test_refit_is_ridge_regression_towards_the_start(latent: LatentAttention) -> None:
     """The same problem as least squares on the tokens with the damping written as more rows."""
     z_TZ, y_TD = read_and_wanted(latent, 100)
-    moments = OutputMoments(latent)
+    moments = OutputMoments.of(latent)
     moments.add(z_TZ[:30], y_TD[:30])
     moments.add(z_TZ[30:], y_TD[30:])
     found_DHV = Ridge(ridge=0.03).output(latent, moments).out_DHV
@@ -54,7 +54,7 @@ def test_refit_is_ridge_regression_towards_the_start(latent: LatentAttention) ->
 def test_targets_that_the_start_gives_leave_it_as_it_is(latent: LatentAttention) -> None:
     z_TZ, _ = read_and_wanted(latent, 100)
     start_DZ = latent.out_DHV.flatten(1)
-    moments = OutputMoments(latent)
+    moments = OutputMoments.of(latent)
     moments.add(z_TZ, z_TZ @ start_DZ.T)
     assert_close(Ridge().output(latent, moments).out_DHV.flatten(1), start_DZ, "fp32 refit")
 

@@ -123,7 +123,12 @@ def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN40
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
     tied = set(model.all_tied_weights_keys)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    return {name: tuple(tensor.shape) for name, tensor in checkpoint_layout(model, state).items()}
+
+
+def checkpoint_layout(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    """A model's tensors by their names in checkpoints."""
+    return revert_weight_conversion(model, state)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,129 @@
+"""What healing minimizes: CE + beta tau^2 KL(teacher || student) at temperature tau (arXiv 2603.17946, Eq. 6-8).
+
+Logits of all tokens at once would be the largest tensor of a step (2048 tokens of a 128k vocabulary: 1 GB, several
+times over), so losses and their gradients with respect to hidden states are made a few positions at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CHUNK = 256
+"""Positions whose logits are held at a time."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weight of the divergence and its temperature; `ce` false leaves the divergence alone."""
+
+    beta: float = 1.0
+    temperature: float = 1.0
+    ce: bool = True
+
+    def terms(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
+        """Sums over N positions: what is minimized, CE, KL at the temperature: (3,)."""
+        student_NV, teacher_NV = student_NV.float(), teacher_NV.float()
+        logp_NV = (student_NV / self.temperature).log_softmax(-1)
+        target_NV = (teacher_NV / self.temperature).log_softmax(-1)
+        kl = functional.kl_div(logp_NV, target_NV, reduction="sum", log_target=True)
+        if self.temperature != 1.0:
+            logp_NV = student_NV.log_softmax(-1)
+        ce = functional.nll_loss(logp_NV, labels_N, reduction="sum")
+        loss = self.beta * self.temperature**2 * kl + (ce if self.ce else 0.0)
+        return torch.stack((loss, ce, kl))
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states: a projection, then a soft cap where the model has one."""
+
+    weight_VD: Tensor
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> "Head":  # noqa: ANN401 - a transformers model
+        """The output head of a causal language model."""
+        return cls(model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None))
+
+    def logits(self, hidden_ND: Tensor, weight_VD: Tensor, width: int) -> Tensor:
+        """Logits (N, width) of the first `width` tokens; what a padded vocabulary has beyond is left out."""
+        logits_NV = functional.linear(hidden_ND, weight_VD)[:, :width]
+        return logits_NV if self.softcap is None else self.softcap * (logits_NV / self.softcap).tanh()
+
+
+class _ChunkedTerms(torch.autograd.Function):
+    """Terms of hidden states; gradients are taken chunk by chunk in the forward pass and kept instead of logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        terms_of: Callable[[Tensor, Tensor, slice], Tensor],
+    ) -> Tensor:
+        terms = torch.zeros(3, device=hidden_ND.device)
+        wanted = [tensor.requires_grad for tensor in (hidden_ND, weight_VD)]
+        sums: list[Tensor | None] = [None, None]
+        if wanted[0]:
+            sums[0] = torch.empty_like(hidden_ND, dtype=torch.float32)
+        if wanted[1]:
+            sums[1] = torch.zeros_like(weight_VD, dtype=torch.float32)
+        weight = weight_VD.detach().requires_grad_(wanted[1])
+        for start in range(0, len(hidden_ND), CHUNK):
+            part = slice(start, start + CHUNK)
+            hidden = hidden_ND[part].detach().requires_grad_(wanted[0])
+            with torch.set_grad_enabled(any(wanted)):
+                found = terms_of(hidden, weight, part)
+                leaves = [leaf for leaf, want in zip((hidden, weight), wanted, strict=True) if want]
+                gradients = iter(torch.autograd.grad(found[0], leaves) if leaves else ())
+            terms += found.detach()
+            if sums[0] is not None:
+                sums[0][part] = next(gradients)
+            if sums[1] is not None:
+                sums[1] += next(gradients)
+        ctx.gradients = sums
+        return terms
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """Of the first term alone: the others are for the reader."""
+        return (*(None if g is None else g * outer[0][0] for g in ctx.gradients), None)
+
+
+class Distiller(nn.Module):
+    """Student and teacher as one module, so that Accelerate wraps and shards both at once."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.student, self.objective = student, objective
+        self.teacher = teacher.requires_grad_(requires_grad=False)
+        # Where Accelerate finds which modules to shard one by one.
+        self._no_split_modules: Any = sorted(
+            {name for model in (student, teacher) for name in getattr(model, "_no_split_modules", None) or ()}
+        )
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Means over all predictions of windows (B, T): what is minimized, CE, KL: (3,). The first has a gradient."""
+        labels_N = tokens_BT[:, 1:].flatten()
+        with torch.no_grad():
+            teacher_ND = hidden_states(self.teacher, tokens_BT)
+        student_ND = hidden_states(self.student, tokens_BT)
+        student, teacher = Head.of(self.student), Head.of(self.teacher)
+        width = min(len(student.weight_VD), len(teacher.weight_VD))
+
+        def terms_of(hidden_ND: Tensor, weight_VD: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                target_NV = teacher.logits(teacher_ND[part], teacher.weight_VD, width)
+            return self.objective.terms(student.logits(hidden_ND, weight_VD, width), target_NV, labels_N[part])
+
+        sums: Any = _ChunkedTerms.apply(student_ND, student.weight_VD, terms_of)
+        return sums / len(labels_N)
+
+
+def hidden_states(model: Any, tokens_BT: Tensor) -> Tensor:  # noqa: ANN401
+    """What the head reads at every position that has a next token: (B * (T - 1), D)."""
+    return model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)

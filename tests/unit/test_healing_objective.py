@@ -1,0 +1,60 @@
+"""The chunked objective against the formula written out on all logits at once."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from care.healing import objective
+from care.healing.objective import Distiller, Head, Objective
+from tiny import TinyModels, random_tokens
+from tolerances import assert_close
+
+OBJECTIVES = [
+    Objective(),
+    Objective(beta=3.0, temperature=2.0),
+    Objective(beta=0.0),
+    Objective(temperature=0.5, ce=False),
+]
+
+
+def written_out(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, asked: Objective) -> Tensor:
+    """CE + beta tau^2 KL, means over positions, from the definitions."""
+    p = (teacher_NV / asked.temperature).softmax(-1)
+    q = (student_NV / asked.temperature).softmax(-1)
+    kl = (p * (p / q).log()).sum(-1).mean()
+    ce = -student_NV.softmax(-1)[torch.arange(len(labels_N)), labels_N].log().mean()
+    return torch.stack(((ce if asked.ce else 0 * ce) + asked.beta * asked.temperature**2 * kl, ce, kl))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-mha", "gemma2-softcap"])
+@pytest.mark.parametrize("asked", OBJECTIVES, ids=str)
+def test_terms_and_gradients(tiny: TinyModels, name: str, asked: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tied head, one of its own, and one with a soft cap; chunks that do not divide the positions."""
+    monkeypatch.setattr(objective, "CHUNK", 7)
+    teacher, tokens = tiny.source_model(name), random_tokens(12, batch=2)
+    student = type(teacher)(teacher.config)
+    student.load_state_dict({k: v + 0.05 * torch.randn_like(v) for k, v in teacher.state_dict().items()})
+    student.tie_weights()
+    terms = Distiller(student, teacher, asked)(tokens)
+    terms[0].backward()
+    found = {key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    logits, wanted = (model(input_ids=tokens).logits[:, :-1].flatten(0, 1) for model in (student, teacher))
+    expected = written_out(logits, wanted.detach(), tokens[:, 1:].flatten(), asked)
+    expected[0].backward()
+    assert_close(terms, expected, "fp32 logits")
+    assert found.keys() == dict(student.named_parameters()).keys()
+    for key, parameter in student.named_parameters():
+        assert parameter.grad is not None
+        assert_close(found[key], parameter.grad, "fp32 gradients")
+
+
+def test_a_vocabulary_that_the_teacher_pads() -> None:
+    """Rows beyond the smaller vocabulary are padding and count for nothing."""
+    head = Head(torch.randn(12, 4), None)
+    assert head.logits(torch.randn(3, 4), head.weight_VD, 10).shape == (3, 10)
+
+
+def test_the_teacher_is_frozen() -> None:
+    distiller = Distiller(nn.Linear(2, 2), nn.Linear(2, 2), Objective())
+    assert {name for name, p in distiller.named_parameters() if p.requires_grad} == {"student.weight", "student.bias"}
