@@ -1,9 +1,9 @@
 """What conversions cost beside the bare forward passes over the same tokens, and beside each other.
 
-Usage: python benchmarks/cost.py SRC TEXT RESULT.json
+Usage: python benchmarks/cost.py SRC TEXT RESULT.json [ROUNDS]
 
 Each row runs in a process of its own and reports wall time without loading, and peak memory of the process.
-The rows alternate `ROUNDS` times, so that a noisy machine disturbs both; medians are compared.
+The rows alternate ROUNDS times (3), so that a noisy machine disturbs both; medians are compared.
 """
 
 import json
@@ -27,7 +27,7 @@ from care.calibration import load_text, sampled_windows
 from care.calibration.streams import BATCH_TOKENS
 from care.source import Source
 
-ROUNDS = 3
+DEFAULT_ROUNDS = 3
 REQUEST = {"num_windows": 128, "window": 256, "seed": 42}
 KV_BUDGET = 0.5
 BASELINE, OURS = "care-u", "best"
@@ -83,10 +83,10 @@ def spawn(row: str, source_name: str, text: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(source_name: str, text: str, result: Path) -> None:
+def main(source_name: str, text: str, result: Path, rounds: int) -> None:
     """Alternate the rows and print both ratios."""
     runs: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for row in ROWS:
             runs[row].append(spawn(row, source_name, text))
     medians = {
@@ -104,7 +104,8 @@ def main(source_name: str, text: str, result: Path) -> None:
         },
         "kv_budget": KV_BUDGET,
         "calibration": REQUEST,
-        "rounds": ROUNDS,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
         "median_seconds": medians,
         "time_ratio": {
             f"{BASELINE} to body": medians[BASELINE]["total"] / medians["forward"]["body"],
@@ -126,4 +127,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--row":
         run_row(*sys.argv[2:5])
     else:
-        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else DEFAULT_ROUNDS)
