@@ -9,7 +9,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -135,11 +135,18 @@ class DirectoryWriter:
         elif self._run is None or (
             issubclass(kind, CareError) and not issubclass(kind, DiskFull | Diverged | OtherFailed)
         ):
-            # Others may fail at files that are gone; that is not what a person must mend.
+            # Said before: others may fail at files that are gone, which is not what a person must mend.
             if first_to_fail():
-                shutil.rmtree(self.partial, ignore_errors=True)
+                self._remove()
         elif issubclass(kind, KeyboardInterrupt):
             raise Interrupted(f"interrupted; the same command continues from {self.partial}") from error
+
+    def _remove(self) -> None:
+        """In one step for other processes, which may be about to write another file into it."""
+        gone = self.partial.with_suffix(".removed")
+        with suppress(OSError):
+            self.partial.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _finish(self) -> None:
         if self.out_dir.exists():
