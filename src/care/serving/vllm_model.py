@@ -79,8 +79,8 @@ def attend(query_THC: Tensor, entries_UC: Tensor, scale: float, window: int | No
         seen = entries_UC[since:last]
         if len(block) == 1:
             # Heads are as good as tokens here, and the entries are read once for all of them.
-            mixed = functional.scaled_dot_product_attention(block, seen[None], seen[None], scale=scale)
-            mixed_THC[start] = mixed[0]
+            keys = seen[None, None]
+            mixed_THC[start] = functional.scaled_dot_product_attention(block[None], keys, keys, scale=scale)[0, 0]
             continue
         shape = (1, H, len(seen), C)
         keys = seen.expand(shape)
@@ -125,7 +125,7 @@ class LatentPages(AttentionImpl[LatentMetadata]):
                 continue
             length = attn_metadata.lengths[index]
             pages = attn_metadata.pages[index, : -(-length // page)]
-            entries_UC = kv_cache[pages, 0].flatten(0, 1)[:length]
+            entries_UC = kv_cache.index_select(0, pages).view(-1, self.head_size)[:length]
             output[start:stop] = attend(query[start:stop], entries_UC, self.scale, self.window)
         return output
 
