@@ -7,8 +7,9 @@ QUIET := TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 CARE_SOURCES := src tests benchmarks examples
 
 LLAMA_VENV := .venv-llama
+TRITON := .triton
 
-.PHONY: setup demo test engines-llama check format clean
+.PHONY: setup demo test engines-llama test-kernels check format clean
 
 setup: $(STAMP)
 
@@ -37,6 +38,14 @@ $(LLAMA_VENV)/.installed:
 engines-llama: $(STAMP) $(LLAMA_VENV)/.installed
 	$(VENV)/bin/python -m pytest -rs tests/engines/test_llama_cpp.py
 
+# Triton is 272 MB packed and 1 GB unpacked, hence apart. Where there is a GPU: pytest tests/kernels.
+$(TRITON)/.installed:
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.9.0
+	touch $@
+
+test-kernels: $(STAMP) $(TRITON)/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(VENV)/bin/python -m pytest -rs tests/kernels
+
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check $(CARE_SOURCES)
 	$(VENV)/bin/ruff check $(CARE_SOURCES)
@@ -48,4 +57,4 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix $(CARE_SOURCES)
 
 clean:
-	rm -rf $(VENV) $(LLAMA_VENV) demo-out
+	rm -rf $(VENV) $(LLAMA_VENV) $(TRITON) demo-out

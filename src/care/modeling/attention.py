@@ -9,6 +9,7 @@ own keys are computed once, normalized, and then projected into its cache entry;
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from ..carried import QkNorm
+from ..kernels import Cached
 from ..rope import rotate_half_split, rotate_interleaved, rotation
 from ..types import LatentAttention, Mode
 
@@ -97,6 +99,20 @@ def capped_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1, dtype=torch.float32).type_as(values) @ values.repeat_interleave(group, 1)
+
+
+HAS_TRITON = find_spec("triton") is not None
+"""Whether the decode kernel can run; torch for CUDA brings Triton along."""
+
+
+def kernel_fits(shape: LatentShape, query: Tensor, mask: Tensor | None) -> bool:
+    """Whether an absorbed decode step can be done by the Triton kernel: on a GPU, without gradients or a mask.
+
+    Keys and values must be the same latent.
+    """
+    joint = shape.key_rank == shape.value_rank == shape.kv_lora_rank
+    plain = mask is None and shape.softcap is None and not (torch.is_grad_enabled() and query.requires_grad)
+    return HAS_TRITON and query.is_cuda and joint and plain
 
 
 class LatentAttentionModule(nn.Module):
@@ -201,12 +217,23 @@ class LatentAttentionModule(nn.Module):
             q_BGAN = q_nope.reshape(B, self.shape.num_kv_heads, -1, self.shape.nope_dim)
             q_latent = torch.einsum("bgan,gnr->bgar", q_BGAN, k_up_GNR).reshape(B, H, 1, -1)
             query = torch.cat((q_rope, q_latent), dim=-1)
-        keys = entry_B1UC[..., : self.shape.rope_dim + self.shape.key_rank]
-        values = entry_B1UC[..., entry_B1UC.shape[-1] - self.shape.value_rank :]
-        mixed_B1HR = self._weigh(query.transpose(1, 2), keys, values, mask)
+        mixed_B1HR = self._weigh_latents(query, entry_B1UC, mask)
         v_up_GVR = self.v_b_proj.weight.view(self.shape.num_kv_heads, self.shape.v_head_dim, -1)
         mixed_BGAR = mixed_B1HR.reshape(B, self.shape.num_kv_heads, -1, self.shape.value_rank)
         return torch.einsum("bgar,gvr->bgav", mixed_BGAR, v_up_GVR).reshape(B, H, 1, -1)
+
+    def _weigh_latents(self, query: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
+        """Absorbed queries (B, H, 1, P + k_rank) to means of latents (B, 1, H, v_rank)."""
+        if kernel_fits(self.shape, query, mask):
+            B, U = entry_B1UC.shape[0], entry_B1UC.shape[2]
+            lengths_B = torch.full((B,), U, dtype=torch.int32, device=query.device)
+            cached = Cached(entry_B1UC[:, 0], lengths_B, self.shape.kv_lora_rank, rope_first=True)
+            from ..kernels.decode import decode  # noqa: PLC0415 - needs Triton
+
+            return decode(query[:, :, 0].contiguous(), cached, self.shape.scale)[:, None]
+        keys = entry_B1UC[..., : self.shape.rope_dim + self.shape.key_rank]
+        values = entry_B1UC[..., entry_B1UC.shape[-1] - self.shape.value_rank :]
+        return self._weigh(query.transpose(1, 2), keys, values, mask)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
         """Prefill: per-head no-rope keys and values, computed once for many queries."""
