@@ -8,8 +8,9 @@ CARE_SOURCES := src tests benchmarks examples
 
 LLAMA_VENV := .venv-llama
 VLLM_VENV := .venv-vllm
+TRITON := .triton
 
-.PHONY: setup demo test engines-llama engines-vllm check format clean
+.PHONY: setup demo test engines-llama engines-vllm test-kernels check format clean
 
 setup: $(STAMP)
 
@@ -50,6 +51,14 @@ $(VLLM_VENV)/.installed:
 engines-vllm: $(STAMP) $(VLLM_VENV)/.installed
 	$(VENV)/bin/python -m pytest -rs tests/engines/test_vllm.py
 
+# Triton is 272 MB packed and 1 GB unpacked, hence apart. Where there is a GPU: pytest tests/kernels.
+$(TRITON)/.installed:
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.9.0
+	touch $@
+
+test-kernels: $(STAMP) $(TRITON)/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(VENV)/bin/python -m pytest -rs tests/kernels
+
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check $(CARE_SOURCES)
 	$(VENV)/bin/ruff check $(CARE_SOURCES)
@@ -61,4 +70,4 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix $(CARE_SOURCES)
 
 clean:
-	rm -rf $(VENV) $(LLAMA_VENV) $(VLLM_VENV) demo-out
+	rm -rf $(VENV) $(LLAMA_VENV) $(VLLM_VENV) $(TRITON) demo-out

@@ -24,6 +24,7 @@ TOLERANCES = {
     "fp32 moments": Tolerance(1e-6, 1e-5, "products of a batch summed in fp32 before the fp64 sum"),
     "fp32 table": Tolerance(0.0, 1e-6, "fp32 powers and quotients in another order"),
     "fp32 attention": Tolerance(1e-5, 1e-5, "one attention layer in fp32, outputs of size 1-10"),
+    "bf16 attention": Tolerance(2e-2, 2e-2, "weights and outputs rounded to bf16, 2^-9 relative, outputs of size 1"),
     "fp32 gradients": Tolerance(1e-4, 1e-4, "a backward pass of three layers in fp32, squares summed over tokens"),
     "fp32 refit": Tolerance(1e-3, 1e-3, "least squares on fp32 products, conditioned like the 100 tokens of the test"),
     "fp32 logits": Tolerance(1e-4, 0.0, "three layers in fp32, logits of size 1-10, weights rounded once to fp32"),
