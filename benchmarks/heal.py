@@ -1,0 +1,169 @@
+"""Healing on a real model: how much of the excess is left, which start heals best, and what parity can learn.
+
+    python benchmarks/heal.py short    SRC DIR RESULT.json --data FILE ... --test FILE ... --minutes 30
+    python benchmarks/heal.py starts   SRC DIR RESULT.json --data FILE ... --test FILE ... --tokens 65536
+    python benchmarks/heal.py parity   SRC DIR RESULT.json --data FILE ... --tokens 65536
+
+short    converts SRC by `best` at half the cache, heals it, and measures before and after on texts not trained on.
+starts   the same from transmla, care-mla and best, all at half the cache, with the same tokens.
+parity   fine-tunes SRC and its lossless conversion at the full cache by cross-entropy alone, on the same tokens.
+
+DIR keeps the checkpoints; what is there is not made again. Next to RESULT.json is a picture of the held-out curves.
+"""
+
+import argparse
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from care import load_recipe, open_source
+from care.calibration import first_windows, load_text
+from care.conversion import run_conversion
+from care.evaluation import measure
+from care.healing import HealingRequest, Objective, heal
+from care.modeling.loading import load_model, locate, logits
+from care.source import Source
+from care.statistics import CalibrationRequest
+
+WINDOW, WINDOWS = 1024, 24
+STARTS = ("transmla", "care-mla", "best")
+
+
+def converted(source: Source, options: argparse.Namespace, recipe: str, budget: float) -> Path:
+    """A conversion of the source in DIR."""
+    out = options.directory / f"{recipe}-{budget:g}"
+    if not out.exists():
+        request = CalibrationRequest(options.calibration or options.data[0])
+        run_conversion(source, load_recipe(recipe, format="native"), budget, request, out, say=print)
+    return out
+
+
+def own_copy(source: Source, options: argparse.Namespace) -> Path:
+    """The source itself as a directory that can be trained."""
+    out = options.directory / "source"
+    if not out.exists():
+        source.model.save_pretrained(out)
+        source.tokenizer.save_pretrained(out)
+    return out
+
+
+def healed(
+    source: Source, options: argparse.Namespace, model: Path, more: dict[str, Any] | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """A model, healed in DIR, and its report."""
+    out = options.directory / f"{model.name}-healed-{options.tokens or options.minutes}"
+    asked = {
+        "minutes": options.minutes, "tokens": options.tokens, "rate": options.rate, "batch": options.batch,
+        "length": options.length, "together": options.together, "precision": options.precision, **(more or {}),
+    }  # fmt: skip
+    request = HealingRequest(str(model), source.name, tuple(options.data), **asked)
+    report = heal(request, out, say=print) if not out.exists() else json.loads((out / "healing.json").read_text())
+    return out, report
+
+
+def excesses(source: Source, options: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:
+    """ln(perplexity / perplexity of the source) and KL to the source, per text and model."""
+    loaded = {name: load_model(locate(str(at)), dtype=torch.float32) for name, at in models.items()}
+    found: dict[str, Any] = {}
+    for text in options.test:
+        windows_BT = first_windows(source.tokens(load_text(text)), WINDOW, options.windows)
+        runs = {name: lambda x, m=m: logits(m, x) for name, m in {"source": source.model, **loaded}.items()}
+        quality = measure(runs, windows_BT, reference="source")
+        base = quality["source"].nll
+        found[Path(text).name] = {"source perplexity": math.exp(base)} | {
+            name: {"perplexity": quality[name].perplexity, "excess": quality[name].nll - base, "kl": quality[name].kl}
+            for name in models
+        }
+    return found
+
+
+def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Held-out divergence and cross-entropy of several runs against tokens."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - slow to load
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    for axis, key, label in zip(axes, ("kl", "ce"), ("KL to the teacher", "cross-entropy"), strict=True):
+        for (name, looks), marker in zip(curves.items(), "osv^Dx", strict=False):
+            axis.plot([x["tokens"] for x in looks], [x[key] for x in looks], marker=marker, label=name)
+        axis.set(ylabel=f"held-out {label}, nats/token")
+        axis.legend()
+    axes[1].set(xlabel="tokens trained on")
+    figure.savefig(path, dpi=120)
+
+
+def short(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """What a short run leaves of the excess."""
+    model = converted(source, options, "best", 0.5)
+    out, report = healed(source, options, model)
+    quality = excesses(source, options, {"one shot": model, "healed": out})
+    left = {text: rows["healed"]["excess"] / rows["one shot"]["excess"] for text, rows in quality.items()}
+    return {"quality": quality, "excess left": left, "runs": {"best": report}}
+
+
+def starts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """Several initializations at one cache width and one number of tokens."""
+    models = {name: converted(source, options, name, 0.5) for name in STARTS}
+    runs = {name: healed(source, options, model) for name, model in models.items()}
+    ends = {f"{name} healed": out for name, (out, _) in runs.items()}
+    return {
+        "quality": excesses(source, options, {**models, **ends}),
+        "runs": {name: report for name, (_, report) in runs.items()},
+    }
+
+
+def parity(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """Whether latent attention in the source's own cache learns more than the source."""
+    models = {"source": own_copy(source, options), "converted": converted(source, options, "care-mla", 1.0)}
+    settings = {"objective": Objective(beta=0.0), "refit_tokens": 0}
+    return {"runs": {name: healed(source, options, model, settings)[1] for name, model in models.items()}}
+
+
+EXPERIMENTS = {"short": short, "starts": starts, "parity": parity}
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("source")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--data", nargs="+", required=True, help="texts to train on, in equal shares")
+    parser.add_argument("--test", nargs="+", default=[], help="texts to measure on")
+    parser.add_argument("--calibration", help="text for conversion; default: the first of --data")
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--tokens", type=int)
+    for name in ("rate", "batch", "length", "together", "precision"):
+        default = getattr(HealingRequest, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run one experiment, write its figures and its picture."""
+    options = parse()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    source = open_source(options.source)
+    result = EXPERIMENTS[options.experiment](source, options)
+    machine = {
+        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "torch": version("torch"), "transformers": version("transformers"),
+    }  # fmt: skip
+    summary = {
+        "experiment": options.experiment, "source": Path(options.source).name, "machine": machine,
+        "data": [Path(name).name for name in options.data], "window": WINDOW, "windows": options.windows, **result,
+    }  # fmt: skip
+    options.result.write_text(json.dumps(summary, indent=2) + "\n")
+    plot({name: report["held_out"] for name, report in result["runs"].items()}, options.result.with_suffix(".png"))
+    print(json.dumps({key: value for key, value in summary.items() if key != "runs"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
