@@ -16,6 +16,7 @@ from .decisions import earlier_plan, save_plan
 from .estimate import conversion_bytes
 from .factorization import Factors, factorize
 from .formats import FORMATS
+from .linalg import tails
 from .output import CheckpointWriter, Say, check_output_free, check_space, unsaid, writing
 from .plan import Plan, plan_conversion, split_keys
 from .prefix import Prefix
@@ -231,15 +232,10 @@ def _layer_report(ranks: LayerRanks, keys: KeySplit, factors: Factors, *, in_nat
         **asdict(ranks), width=ranks.width, key_error=factors.keys.error, value_error=factors.values.error,
         rope_loss=nats(keys.rope_loss), key_loss=nats(factors.keys.loss), value_loss=nats(factors.values.loss),
         num_directions=tuple(len(energy_S) for energy_S in factors.energies),
-        left_out=tuple(_shares(_tails(energy_S)) for energy_S in factors.energies),
+        left_out=tuple(_shares(tails(energy_S)) for energy_S in factors.energies),
         rope_slots=0 if keys.rope_losses is None else len(keys.rope_losses) - 1,
         rope_left_out=() if keys.rope_losses is None else _shares(keys.rope_losses),
     )  # fmt: skip
-
-
-def _tails(energy_S: torch.Tensor) -> torch.Tensor:
-    """What every rank from 0 to all leaves out."""
-    return torch.cat((energy_S.flip(0).cumsum(0).flip(0), energy_S.new_zeros(1)))
 
 
 def _shares(left_S: torch.Tensor) -> tuple[float, ...]:

@@ -11,15 +11,11 @@ from typing import Any
 
 from .architectures import ARCHITECTURES
 from .errors import InvalidRecipe
+from .formats.deepseek import LATENT_NORM_EPS
+from .formats.deepseek import MODEL_TYPE as DEEPSEEK_TYPE
 from .formats.native import MODEL_TYPE_PREFIX
 from .rope import rope_settings
 from .types import AttentionSpec
-
-DEEPSEEK = "deepseek_v3"
-"""Model type of the stock format; any other that is not native is a source, which engines read without our doing."""
-
-ONE_EPS = 1e-6
-"""The eps of transformers' latent norm; an engine with one eps for all norms must find it in rms_norm_eps."""
 
 VLLM_WIDTHS = (320, 512, 576)
 """Cache widths (kv_lora_rank + qk_rope_head_dim) of vLLM's attention backends for latents."""
@@ -39,14 +35,14 @@ def _is_native(config: Mapping[str, Any]) -> bool:
 
 def is_converted(config: Mapping[str, Any]) -> bool:
     """Whether a config is that of one of our formats."""
-    return _is_native(config) or config.get("model_type") == DEEPSEEK
+    return _is_native(config) or config.get("model_type") == DEEPSEEK_TYPE
 
 
 def _stock(config: Mapping[str, Any]) -> str | None:
     """What keeps any engine from reading the config as a dense DeepSeek-V3 with one meaning."""
     if _is_native(config):
         return "per-layer widths need care's own class; convert with --recipe best-deepseek --format deepseek"
-    if config.get("model_type") != DEEPSEEK:
+    if config.get("model_type") != DEEPSEEK_TYPE:
         return f"model_type {config.get('model_type')} is not a converted model's"
     if config.get("first_k_dense_replace") != config["num_hidden_layers"]:
         return "only dense layers are written and tested here"
@@ -59,8 +55,13 @@ def _stock(config: Mapping[str, Any]) -> str | None:
 
 
 def _one_eps(config: Mapping[str, Any]) -> str | None:
+    """An engine with one eps for all norms must find that of the latent's in rms_norm_eps."""
     eps = config["rms_norm_eps"]
-    return None if eps == ONE_EPS else f"rms_norm_eps {eps} would be used for the latent norm too, which has {ONE_EPS}"
+    return (
+        None
+        if eps == LATENT_NORM_EPS
+        else f"rms_norm_eps {eps} would be used for the latent norm too, which has {LATENT_NORM_EPS}"
+    )
 
 
 def _transformers(config: Mapping[str, Any]) -> str | None:

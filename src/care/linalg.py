@@ -27,6 +27,11 @@ class Spectrum:
         return float(self.energy_S[rank:].sum())
 
 
+def tails(energy_S: Tensor) -> Tensor:
+    """What keeping 0, 1, ..., S of them leaves out: (S + 1)."""
+    return torch.cat((energy_S.flip(0).cumsum(0).flip(0), energy_S.new_zeros(1)))
+
+
 def shrink(moment_DD: Tensor, alpha: float) -> Tensor:
     """Pull a second moment towards a multiple of the identity: (1 - a) C + a mean(diag C) I."""
     mean = moment_DD.diagonal().mean()

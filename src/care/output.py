@@ -87,8 +87,7 @@ class DirectoryWriter:
     `run` describes the run, as JSON, as far as it decides about the bytes of the output. What a run of the same
     description left unfinished is continued; anything else is started afresh. What is left behind: nothing after an
     error that the user must mend, everything after a full disk, a loss that is no number, an interrupt, a kill or the
-    failure of another process.
-    Without `run` nothing is kept.
+    failure of another process. Without `run` nothing is kept.
     """
 
     def __init__(self, out_dir: Path, run: Mapping[str, Any] | None = None, say: Say = unsaid) -> None:

@@ -10,7 +10,7 @@ conversion that was killed goes on from them. Several processes go through the l
 its own; moments are over those of all, so that all make the same layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .calibration import MomentAccumulator, Stream, batches_of, own_windows
+from .calibration import DecoderLayers, MomentAccumulator, Stream, batches_of, own_windows
 from .carried import Carried
 from .modeling.native import build_layer, layer_swapped
 from .ranks import own_directory
@@ -66,29 +66,51 @@ class Prefix:
         self._enter(index)
         moments = OutputMoments.of(latent)
         with self._layers.holding(index):
-            self._own.at(index + 1).write(self._compared(index, self._module(index, latent), moments))
+            module, path = self._module(index, latent), self._source.attention_paths[index]
+
+            def read(converted_BTD: Tensor) -> Tensor:
+                with self._swapped(index, module):
+                    return self._layers.input_of(index, f"{path}.o_proj", converted_BTD)
+
+            entering = (self._own.at(index), self._converted.at(index))
+            post_norm = self._source.architecture.post_norm
+            left = compared(self._layers, index, path, entering, read, moments, post_norm=post_norm)
+            self._own.at(index + 1).write(left)
             latent = self._refit.output(latent, moments)
             with self._swapped(index, self._module(index, latent)):
                 batches = self._converted.at(index).batches()
                 self._converted.at(index + 1).write(self._layers.run(index, hidden_BTD) for hidden_BTD in batches)
         return latent
 
-    def _compared(self, index: int, module: nn.Module, moments: OutputMoments) -> Iterator[Tensor]:
-        """The source's stream past the layer; moments of what the new projection reads and should give on the way."""
-        path, layers = self._source.attention_paths[index], self._layers
-        for own_BTD, converted_BTD in zip(
-            self._own.at(index).batches(), self._converted.at(index).batches(), strict=True
-        ):
-            with self._swapped(index, module):
-                read_BTZ = layers.input_of(index, f"{path}.o_proj", converted_BTD)
-            left_BTD, added_BTD = layers.run_with_attention(index, path, own_BTD)
-            drift_BTD = (own_BTD - converted_BTD).to(added_BTD.device)
-            wanted_BTD = added_BTD if self._source.architecture.post_norm else added_BTD + drift_BTD
-            moments.add(read_BTZ.flatten(0, 1), wanted_BTD.flatten(0, 1))
-            yield left_BTD
-
     def _module(self, index: int, latent: LatentAttention) -> nn.Module:
         return build_layer(latent, self._target, index).to(self._source.device)
 
     def _swapped(self, index: int, module: nn.Module) -> AbstractContextManager[None]:
         return layer_swapped(self._layers.model, self._source.architecture.model_type, index, module)
+
+
+def compared(
+    source: DecoderLayers,
+    index: int,
+    path: str,
+    entering: tuple[Stream, Stream],
+    read: Callable[[Tensor], Tensor],
+    moments: OutputMoments,
+    *,
+    post_norm: bool,
+    scale: float = 1.0,
+) -> Iterator[Tensor]:
+    """What leaves a layer of the source (B, T, D), batch by batch; moments are taken on the way.
+
+    `entering` are the source's stream and the converted model's, `read` says what the latter's output projection
+    reads of its own. It should give the source's attention output and, without a norm behind it, what the two streams
+    have drifted apart. The converted residual stream is `scale` times the source's.
+    """
+    for own_BTD, converted_BTD in zip(*(stream.batches() for stream in entering), strict=True):
+        read_BTZ = read(converted_BTD)
+        left_BTD, added_BTD = source.run_with_attention(index, path, own_BTD)
+        wanted_BTD = added_BTD * scale
+        if not post_norm:
+            wanted_BTD = wanted_BTD + (own_BTD * scale - converted_BTD).to(added_BTD.device)
+        moments.add(read_BTZ.flatten(0, 1), wanted_BTD.flatten(0, 1))
+        yield left_BTD

@@ -14,6 +14,7 @@ from ..recipe import load_recipe, recipe_names
 from ..source import open_source
 from ..statistics import CalibrationRequest, calibrate
 from .console import (
+    HELD_OUT,
     calibration_options,
     device_option,
     emit,
@@ -27,8 +28,6 @@ from .console import (
 )
 from .evaluate import COLUMNS, quality_record, quality_row
 
-HELD_OUT = "python-help-heldout"
-
 
 @click.command()
 @click.argument("model", metavar="SRC")
@@ -38,7 +37,7 @@ HELD_OUT = "python-help-heldout"
 @calibration_options
 @click.option("--format", "format_", type=click.Choice(sorted(FORMATS)), help="Hold this format for all recipes.")
 @click.option(
-    "--text", "texts", multiple=True, help="FILE or name of a text; may be given again. [default: python-help-heldout]"
+    "--text", "texts", multiple=True, help=f"FILE or name of a text; may be given again. [default: {HELD_OUT}]"
 )
 @window_options
 @device_option

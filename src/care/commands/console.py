@@ -23,6 +23,9 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 LOG_SECONDS = 20.0
 
+HELD_OUT = "python-help-heldout"
+"""The text that is measured on where none is named."""
+
 WIDTH_OF_FILES = 160
 """Columns of a table that goes to a pipe or a file."""
 

@@ -12,6 +12,7 @@ from ..conversion import DTYPES
 from ..evaluation import CacheUse, Quality, TaskScore, live_cache, load_task, measure, score
 from ..modeling.loading import load_model, load_tokenizer, locate, logits, tokenize
 from .console import (
+    HELD_OUT,
     device_option,
     dtype_option,
     emit,
@@ -30,7 +31,7 @@ COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
 @click.command()
 @click.argument("model")
 @click.option("--against", metavar="SRC", help="Reference model: adds KL(SRC || MODEL) and top-1 agreement.")
-@click.option("--text", default="python-help-heldout", show_default=True, help="FILE or name of a text.")
+@click.option("--text", default=HELD_OUT, show_default=True, help="FILE or name of a text.")
 @window_options
 @click.option("--tasks", help="Comma-separated .jsonl(.gz) files of multiple-choice rows: adds acc and acc_norm.")
 @click.option("--rows", default=500, show_default=True, help="Rows of each task, from its start.")

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
-from ..report.pictures import draw_errors, draw_widths, new_figure, parts
+from ..report.pictures import draw_errors, draw_widths, new_figure, parts, save_png
 
 BAR_WIDTH = 48
 
@@ -29,7 +28,4 @@ def plot_profile(report: dict[str, Any], path: Path) -> None:
     widths, errors = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     draw_widths(widths, report)
     draw_errors(errors, report["layers"])
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot write {path}: {error}") from error
+    save_png(figure, path)

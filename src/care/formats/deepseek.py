@@ -21,6 +21,8 @@ from ..errors import InvalidRecipe
 from ..rope import inverse_frequencies, rope_settings
 from ..types import LatentAttention, LayerRanks, Target
 
+MODEL_TYPE = "deepseek_v3"
+
 LATENT_NORM_EPS = 1e-6
 """Eps of kv_a_layernorm, hard-coded in transformers; other engines use rms_norm_eps, so that is set to it."""
 
@@ -99,7 +101,7 @@ class Deepseek:
         base = self._rope_base(target)
         return {
             "architectures": ["DeepseekV3ForCausalLM"],
-            "model_type": "deepseek_v3",
+            "model_type": MODEL_TYPE,
             **{key: source[key] for key in COPIED_KEYS if key in source},
             "num_attention_heads": spec.num_heads,
             "num_key_value_heads": spec.num_heads,

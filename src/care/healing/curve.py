@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from ..report.pictures import new_figure, save_png
 
 SMOOTHED = 0.1
 """Share of a new step in the running mean that is drawn over the steps."""
@@ -21,12 +21,8 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 def plot_curve(report: Mapping[str, Any], path: Path) -> None:
     """Train and held-out divergence above, cross-entropy below, against tokens; of a report as in healing.json."""
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an optional dependency
-    except ImportError as error:
-        raise BadInput("drawing needs matplotlib; pip install 'care-mla[plot]'") from error
     steps, held_out = report["steps"], report["held_out"]
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = new_figure(9, 6)
     divergence, entropy = figure.subplots(2, 1, sharex=True)
     for axes, key, label in ((divergence, "kl", "KL to the teacher"), (entropy, "ce", "cross-entropy")):
         tokens = [step["tokens"] for step in steps]
@@ -42,7 +38,4 @@ def plot_curve(report: Mapping[str, Any], path: Path) -> None:
     divergence.set(yscale="log")
     divergence.set_title("healing: what was trained on and what was held out")
     entropy.set(xlabel="tokens trained on")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot write {path}: {error}") from error
+    save_png(figure, path)

@@ -5,6 +5,7 @@ residual stream after attention comes out as the teacher's, drift included; then
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..calibration import DecoderLayers, Stream, WholeModel, batches_of
+from ..prefix import compared
 from ..progress import Track, silent
 from ..refit import OutputMoments, Ridge
 
@@ -43,19 +45,14 @@ def refit_outputs(
         for index, path in enumerate(track(paths, label="refitting layers", total=len(paths))):
             projection = student.get_submodule(f"{path}.self_attn.o_proj")
             moments = OutputMoments(projection.weight, projection.bias)
-            left = list[Tensor]()
-            for student_BTD, teacher_BTD in zip(
-                streams[0].at(index).batches(), streams[1].at(index).batches(), strict=True
-            ):
-                read_BTZ = own.input_of(index, f"{path}.self_attn.o_proj", student_BTD)
-                left_BTD, added_BTD = theirs.run_with_attention(index, f"{path}.self_attn", teacher_BTD)
-                drift_BTD = (teacher_BTD * scale - student_BTD).to(added_BTD.device)
-                wanted_BTD = added_BTD if post_norm else added_BTD * scale + drift_BTD
-                moments.add(read_BTZ.flatten(0, 1), wanted_BTD.flatten(0, 1))
-                left.append(left_BTD.cpu())
+            read = partial(own.input_of, index, f"{path}.self_attn.o_proj")
+            entering = (streams[1].at(index), streams[0].at(index))
+            left = compared(
+                theirs, index, f"{path}.self_attn", entering, read, moments, post_norm=post_norm, scale=scale
+            )  # fmt: skip
+            streams[1].at(index + 1).write(left)
             with torch.no_grad():
                 projection.weight.copy_(Ridge().fitted(moments))
-            streams[1].at(index + 1).write(left)
             streams[0].at(index + 1).write(own.run(index, b) for b in streams[0].at(index).batches())
             for stream in streams:
                 stream.at(index).remove()

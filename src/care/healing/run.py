@@ -52,8 +52,7 @@ class Pair:
     @property
     def one_shape(self) -> bool:
         """Whether they have the same layers, so that hidden states can be compared."""
-        ours, theirs = load_config(self.student), load_config(self.teacher)
-        return all(ours[key] == theirs[key] for key in ("num_hidden_layers", "hidden_size"))
+        return body_size(self.student) == body_size(self.teacher)
 
 
 def open_pair(model: str, teacher: str) -> Pair:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..formats.deepseek import MODEL_TYPE as DEEPSEEK_TYPE
 from ..formats.native import MODEL_TYPE_PREFIX
 from ..modeling.loading import Location, checkpoint_layout, load_config, load_model
 from .parametrization import close_deepseek, deepseek_layers, open_deepseek, open_native, relative_rate
@@ -28,7 +29,7 @@ def open_student(location: Location, trained: Trained, lora_rank: int, seed: int
     model = load_model(location, dtype=torch.float32)
     model.load_state_dict(changed, strict=False)
     model_type = load_config(location)["model_type"]
-    if model_type == "deepseek_v3":
+    if model_type == DEEPSEEK_TYPE:
         open_deepseek(model)
     elif model_type.startswith(MODEL_TYPE_PREFIX):
         open_native(model)
@@ -94,7 +95,7 @@ def checkpoint_tensors(model: Any, trained: Trained) -> dict[str, Tensor]:  # no
     tensors = dict(state if trained != "all" else checkpoint_layout(model, dict(state)))
     if trained != "all":
         tensors = {name: tensor for name, tensor in tensors.items() if ATTENTION in name}
-    if model.config.model_type == "deepseek_v3":
+    if model.config.model_type == DEEPSEEK_TYPE:
         for path, module in deepseek_layers(model):
             prefix = f"{path}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

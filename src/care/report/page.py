@@ -38,9 +38,7 @@ def _pictures(conversion: Mapping[str, Any], said: Mapping[str, Any]) -> dict[st
         draw_losses(errors, layers)
     else:
         draw_errors(errors, layers)
-    drawn = {"profile": svg(figure)}
-    if "left_out" in layers[0]:
-        drawn["spectra"] = svg(_spectra(layers))
+    drawn = {"profile": svg(figure), "spectra": svg(_spectra(layers))}
     if said["measured"]:
         drawn["pareto"] = svg(_pareto(said["measured"]))
     return drawn

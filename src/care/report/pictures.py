@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
@@ -33,6 +34,14 @@ def new_figure(width: float, height: float) -> Any:  # noqa: ANN401 - matplotlib
     except ImportError as error:
         raise BadInput("drawing needs matplotlib; pip install 'care-mla[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_png(figure: Any, path: Path) -> None:  # noqa: ANN401
+    """The figure as a file; BadInput where it cannot be written."""
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot write {path}: {error}") from error
 
 
 def svg(figure: Any) -> str:  # noqa: ANN401

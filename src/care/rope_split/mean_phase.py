@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidRecipe
-from ..linalg import output_moment, shrink, symmetric_root
+from ..linalg import output_moment, shrink, symmetric_root, tails
 from ..types import AttentionSpec, AttentionWeights, LayerStats
 from .base import Slots
 
@@ -72,7 +72,7 @@ class MeanPhase:
             frequencies=tuple(weights.rope_frequencies[i // G] for i in order.tolist()),
             q_nope_HNK=_phase_maps(z_HF),
             felt_E=felt_GF.sqrt().repeat(1, 2).flatten(),
-            loss=torch.cat((gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1))),
+            loss=tails(gains),
         )
 
     def _order(self, gain_FS: Tensor) -> Tensor:
