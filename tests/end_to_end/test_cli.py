@@ -654,6 +654,26 @@ def test_inspect_says_which_engine(tiny: TinyModels, care_main: Run) -> None:
     assert of_source["llama.cpp"].startswith("no (format deepseek has no sliding window")
 
 
+def test_compare_draws_and_lists_the_front(tiny: TinyModels, care_main: Run, text_file: Path, tmp_path: Path) -> None:
+    """One recipe at two budgets: which rows are on the front follows from the table itself."""
+    pytest.importorskip("matplotlib")
+    picture, result = tmp_path / "front.png", tmp_path / "compare.json"
+    outcome = care_main(
+        "compare", tiny.directory("llama-gqa"), "--recipes", "palu", "--kv-budgets", "0.5,0.25", "--text", text_file,
+        "--window", 32, "--windows", 2, "--plot", picture, "--json", result,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(result.read_text())["texts"][str(text_file)]
+    half, quarter = (row["perplexity"] for row in record["rows"])
+    assert [row["kv_budget"] for row in record["pareto"]] == ([0.5, 0.25] if half < quarter else [0.25])
+    assert [row["cache_kept"] for row in record["pareto"]] == [row["kv_budget"] for row in record["pareto"]]
+    listed = [line.split()[:3] for line in outcome.stdout.splitlines() if line.startswith("* palu")]
+    assert listed == [["*", "palu", f"{row['kv_budget']:g}"] for row in record["pareto"]]
+    refused = care_main("compare", tiny.directory("llama-gqa"), "--plot", tmp_path / "absent" / "front.png")
+    assert_refused(refused, "cannot write", tmp_path / "absent")
+
+
 def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:
     """All recipes by default; a row that cannot be had says why; the JSON has every number of the table."""
     source = tiny.directory("llama-gqa")

@@ -19,6 +19,8 @@ STYLES = {
 MARKERS = "osD^vPX*<>ph"
 LINES = ("-", "--", "-.", ":", (0, (1, 3)), (0, (7, 2, 1, 2, 1, 2)), (0, (9, 4)))
 """Their lengths have no common factor: recipe by recipe another pair."""
+SHORT = 5.0
+"""Highest over lowest perplexity up to which an axis is labeled evenly."""
 LEAST_SHARE = 1e-4
 """Where the spectra's color scale ends."""
 
@@ -150,9 +152,10 @@ def draw_pareto(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: 
 
 
 def _label_perplexities(axes: Any) -> None:  # noqa: ANN401
-    """Plain numbers on a logarithmic axis, as many as it is long."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # noqa: PLC0415
+    """Plain numbers on a logarithmic axis, several on a short one too."""
+    from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter, StrMethodFormatter  # noqa: PLC0415
 
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)) if high > SHORT * low else AutoLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
