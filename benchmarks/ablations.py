@@ -148,7 +148,7 @@ def plot(name: str, texts: Mapping[str, Any], path: Path) -> None:
         lines = list(dict.fromkeys((row["recipe"] if name != "root" else "", row["kv_budget"]) for row in rows))
         for index, (recipe, budget) in enumerate(lines):
             own = [r for r in rows if r["kv_budget"] == budget and recipe in ("", r["recipe"])]
-            axes.errorbar(
+            axes.plot(
                 [labels.index(r["setting"]) for r in own], [r["excess"] for r in own],
                 marker=MARKERS[index % len(MARKERS)], linestyle=LINES[index % len(LINES)], color="black",
                 label=f"{recipe} at {budget:.0%} of the cache".strip(),
