@@ -136,7 +136,7 @@ def calibration_bytes(source: Source, needs: frozenset[str], request: Calibratio
     stats = FP64 * spec.num_layers * (spec.feature_width**2 + (spec.cache_width**2 if gradients else 0))
     tokens = 2 * request.num_windows * request.window
     tokens += (spec.num_layers + 1) * request.gradient_windows * request.window if gradients else 0
-    tokens += 2 * request.num_contexts * request.context if "distances" in needs else 0
+    tokens += 2 * max(request.num_contexts, len(request.texts)) * request.context if "distances" in needs else 0
     return stats + FP32 * spec.hidden_size * tokens
 
 

@@ -18,7 +18,8 @@ OPTIONS = {
     ],
     "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
     "compare": [
-        "model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, "--format", *TEXT, "--device", "--json",
+        "model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, "--format", *TEXT, "--keep",
+        "--plot", "--device", "--json",
     ],
     "heal": [
         "model", "out_dir", "--teacher", "--data", "--minutes", "--tokens", "--train", "--lora-rank", "--beta",

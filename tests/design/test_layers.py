@@ -21,6 +21,8 @@ LAYERS = (
         "plan",
         "conversion",
         "comparison",
+        "sweep",
+        "pareto",
         "folding",
         "modeling",
         "evaluation",

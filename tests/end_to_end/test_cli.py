@@ -268,7 +268,7 @@ def test_text_too_short(tiny: TinyModels, care_main: Run, tmp_path: Path) -> Non
     text, out = tmp_path / "short.txt", tmp_path / "out"
     text.write_text("too short")
     source = tiny.directory("llama-gqa")
-    words = "the text has 9 tokens, 128 windows of 256 need 32768"
+    words = "short.txt has 9 tokens, 128 windows of 256 need 32768"
     assert_refused(care_main("convert", source, out, "--calibration", text), words, out)
     assert_refused(care_main("calibrate", source, out, "--text", text), words, out)
     words = "the text has 9 tokens, 24 windows of 1024 need 24576"
@@ -652,6 +652,26 @@ def test_inspect_says_which_engine(tiny: TinyModels, care_main: Run) -> None:
     assert "rank + rope is 16, it has kernels for" in care_main("inspect", model).stdout
     of_source = care_main("inspect", tiny.directory("mistral-window"), "--json", "-").json["engines"]
     assert of_source["llama.cpp"].startswith("no (format deepseek has no sliding window")
+
+
+def test_compare_draws_and_lists_the_front(tiny: TinyModels, care_main: Run, text_file: Path, tmp_path: Path) -> None:
+    """One recipe at two budgets: which rows are on the front follows from the table itself."""
+    pytest.importorskip("matplotlib")
+    picture, result = tmp_path / "front.png", tmp_path / "compare.json"
+    outcome = care_main(
+        "compare", tiny.directory("llama-gqa"), "--recipes", "palu", "--kv-budgets", "0.5,0.25", "--text", text_file,
+        "--window", 32, "--windows", 2, "--plot", picture, "--json", result,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    record = json.loads(result.read_text())["texts"][str(text_file)]
+    half, quarter = (row["perplexity"] for row in record["rows"])
+    assert [row["kv_budget"] for row in record["pareto"]] == ([0.5, 0.25] if half < quarter else [0.25])
+    assert [row["cache_kept"] for row in record["pareto"]] == [row["kv_budget"] for row in record["pareto"]]
+    listed = [line.split()[:3] for line in outcome.stdout.splitlines() if line.startswith("* palu")]
+    assert listed == [["*", "palu", f"{row['kv_budget']:g}"] for row in record["pareto"]]
+    refused = care_main("compare", tiny.directory("llama-gqa"), "--plot", tmp_path / "absent" / "front.png")
+    assert_refused(refused, "cannot write", tmp_path / "absent")
 
 
 def test_compare(tiny: TinyModels, care_main: Run, text_file: Path) -> None:

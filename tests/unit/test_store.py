@@ -10,8 +10,9 @@ import torch
 
 from care.calibration import Calibration, is_calibration, load_calibration
 from care.errors import BadInput
-from care.statistics import STATISTICS, CalibrationRequest, calibrate
-from tiny import NUM_WINDOWS, WINDOW, TinyModels
+from care.statistics import STATISTICS, CalibrationRequest, calibrate, describe_run
+from tiny import NUM_WINDOWS, WINDOW, TinyModels, random_text
+from tolerances import assert_close
 
 
 @pytest.fixture
@@ -45,6 +46,42 @@ def test_layers_are_a_sequence(saved: tuple[Calibration, Path]) -> None:
 def test_saved_statistics_are_used_by_their_source(tiny: TinyModels, saved: tuple[Calibration, Path]) -> None:
     again = calibrate(tiny.source("llama-gqa"), CalibrationRequest(str(saved[1])))
     assert again.info == saved[0].info
+
+
+def test_several_texts_are_mixed_in_equal_shares(tiny: TinyModels, tmp_path: Path) -> None:
+    """Moments are means over tokens, so those of a mix are the mean of those of its texts."""
+    names = [str(tmp_path / name) for name in ("one.txt", "other.txt")]
+    for seed, name in enumerate(names):
+        Path(name).write_text(random_text(2000, seed))
+    source = tiny.source("llama-gqa")
+    alone = [calibrate(source, CalibrationRequest(name, 4, WINDOW, seed=1)).layers for name in names]
+    request = CalibrationRequest(names[0], 8, WINDOW, seed=1, context=WINDOW, also=(names[1],))
+    both = calibrate(source, request, STATISTICS)
+    assert (both.info.text, both.info.also, both.info.num_windows) == (names[0], (names[1],), 8)
+    assert both.info.gradient_windows == 2
+    for index, mixed in enumerate(both.layers):
+        for field in ("input_moment_XX", "input_magnitude_X"):
+            one, other = (getattr(layers[index], field) for layers in alone)
+            assert_close(getattr(mixed, field), (one + other) / 2, "fp32 moments")
+    before = describe_run(source, request)
+    Path(names[1]).write_text(random_text(2000, 7))
+    assert describe_run(source, request)["text"][0] == before["text"][0]
+    assert describe_run(source, request)["text"][1] != before["text"][1]
+
+
+def test_texts_that_cannot_be_mixed_are_named(
+    tiny: TinyModels, saved: tuple[Calibration, Path], tmp_path: Path
+) -> None:
+    source, text, short = tiny.source("llama-gqa"), str(tiny.text_file), tmp_path / "short.txt"
+    short.write_text("too short")
+    for request, words in (
+        (CalibrationRequest(text, also=(str(saved[1]),)), "saved statistics cannot be mixed"),
+        (CalibrationRequest(text, 8, WINDOW, also=(text,)), "the same text is given twice"),
+        (CalibrationRequest(text, 1, WINDOW, also=(str(short),)), "1 windows cannot be taken of 2 texts"),
+        (CalibrationRequest(text, 8, WINDOW, also=(str(short),)), "short.txt has 9 tokens, 4 windows of 32 need 128"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            calibrate(source, request)
 
 
 @pytest.mark.parametrize("other", ["llama-mha", "llama3-rope", "mistral"])

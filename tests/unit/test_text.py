@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from care.calibration import TEXTS, first_windows, load_text, sampled_windows
+from care.calibration import TEXTS, equal_shares, first_windows, load_text, sampled_windows, taken_in_turn
 from care.errors import BadInput
 
 TEXT = "na\u00efve text\nof two lines\n"
@@ -97,6 +97,12 @@ def test_sampling_is_fixed_by_its_seed() -> None:
 def test_all_windows_can_be_asked_for() -> None:
     drawn = sampled_windows(torch.arange(30), 10, 3, seed=0)
     assert torch.equal(drawn[drawn[:, 0].argsort()], torch.arange(30).view(3, 10))
+
+
+def test_shares_are_equal_up_to_one_and_taken_in_turn() -> None:
+    assert [equal_shares(7, among) for among in (1, 2, 3)] == [[7], [4, 3], [3, 2, 2]]
+    parts = [torch.full((count, 2), value) for value, count in ((0, 3), (1, 1), (2, 2))]
+    assert taken_in_turn(parts)[:, 0].tolist() == [0, 1, 2, 0, 2, 0]
 
 
 @pytest.mark.parametrize("cut", [lambda t, n, c: first_windows(t, n, c), lambda t, n, c: sampled_windows(t, n, c, 0)])

@@ -4,9 +4,17 @@ from .collection import Collection, Observed, Wanted
 from .gradients import Tap
 from .layers import DecoderLayers, WholeModel
 from .moments import MomentAccumulator
-from .store import EXPLANATION, Calibration, CalibrationInfo, finish_calibration, is_calibration, load_calibration
+from .store import (
+    EXPLANATION,
+    Calibration,
+    CalibrationInfo,
+    finish_calibration,
+    is_calibration,
+    load_calibration,
+    parse_info,
+)
 from .streams import Stream, batches_of, num_batches, own_windows
-from .text import TEXTS, first_windows, load_text, sampled_windows
+from .text import TEXTS, equal_shares, first_windows, load_text, sampled_windows, taken_in_turn
 
 __all__ = [
     "EXPLANATION",
@@ -22,6 +30,7 @@ __all__ = [
     "Wanted",
     "WholeModel",
     "batches_of",
+    "equal_shares",
     "finish_calibration",
     "first_windows",
     "is_calibration",
@@ -29,5 +38,7 @@ __all__ = [
     "load_text",
     "num_batches",
     "own_windows",
+    "parse_info",
     "sampled_windows",
+    "taken_in_turn",
 ]

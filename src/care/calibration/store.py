@@ -1,9 +1,9 @@
 """Calibration results on disk: one safetensors file a layer, the tokens, and a JSON that explains them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +35,8 @@ class CalibrationInfo:
     """Window length on which attention distances were taken; 0 where they were not."""
     gradient_windows: int = 0
     """How many of the windows gradients were taken on."""
+    also: tuple[str, ...] = ()
+    """Further texts, of which as many windows were taken as of the first."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,17 @@ def finish_calibration(directory: Path, info: CalibrationInfo, windows_BT: Tenso
     save_json(directory / EXPLANATION, asdict(info))
 
 
+def parse_info(content: Mapping[str, Any]) -> CalibrationInfo:
+    """The explanation from JSON, of earlier versions too; TypeError if it is of another kind."""
+    facts: dict[str, Any] = {**content, "also": tuple(content.get("also", ()))}
+    return CalibrationInfo(**facts)
+
+
 def load_calibration(directory: Path) -> Calibration:
     """Statistics from disk; layers are read when asked for."""
     content = read_json(directory / EXPLANATION)
     try:
-        info = CalibrationInfo(**content)
+        info = parse_info(content)
     except TypeError as error:
         raise BadInput(f"{directory / EXPLANATION} is not of this version of care; calibrate again") from error
     return Calibration(info, _StoredLayers(directory, info.num_layers), _load(directory / TOKENS)["windows"])

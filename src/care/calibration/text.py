@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -58,28 +58,39 @@ def _join_rows(path: Path, content: str) -> str:
         raise BadInput(f'{path}: every row must be a JSON object with a "text" key') from error
 
 
-def first_windows(tokens_T: Tensor, length: int, count: int) -> Tensor:
+def first_windows(tokens_T: Tensor, length: int, count: int, *, name: str = "the text") -> Tensor:
     """The first `count` windows of `length` tokens, one after the other: (count, length)."""
-    _require(tokens_T, length, count)
+    _require(tokens_T, length, count, name)
     return tokens_T[: count * length].view(count, length)
 
 
-def sampled_windows(tokens_T: Tensor, length: int, count: int, seed: int) -> Tensor:
+def sampled_windows(tokens_T: Tensor, length: int, count: int, seed: int, *, name: str = "the text") -> Tensor:
     """`count` of the text's windows of `length` tokens, drawn without repetition: (count, length).
 
     They come in the order in which they were drawn, so that the first of them are a sample too.
     """
-    _require(tokens_T, length, count)
+    _require(tokens_T, length, count, name)
     whole = len(tokens_T) // length
     chosen = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:count]
     return tokens_T[: whole * length].view(whole, length)[chosen]
 
 
-def _require(tokens_T: Tensor, length: int, count: int) -> None:
+def equal_shares(count: int, among: int) -> list[int]:
+    """A count split evenly; where it does not divide, the first shares are larger by one."""
+    return [len(range(first, count, among)) for first in range(among)]
+
+
+def taken_in_turn(parts: Sequence[Tensor]) -> Tensor:
+    """Windows (B, T) of several texts, one of each by turns: the first of them are from all texts too."""
+    rounds = range(max(map(len, parts)))
+    return torch.stack([part_BT[index] for index in rounds for part_BT in parts if index < len(part_BT)])
+
+
+def _require(tokens_T: Tensor, length: int, count: int, name: str) -> None:
     if length < 2 or count < 1:
         raise BadInput(f"{count} windows of {length} tokens; need at least 1 window of 2 tokens")
     if len(tokens_T) < length * count:
         raise BadInput(
-            f"the text has {len(tokens_T)} tokens, {count} windows of {length} need {length * count}; "
+            f"{name} has {len(tokens_T)} tokens, {count} windows of {length} need {length * count}; "
             "use a longer text or fewer windows"
         )

@@ -10,13 +10,23 @@ from ..output import DirectoryWriter, check_output_free, check_space
 from ..recipe import load_recipe
 from ..source import open_source
 from ..statistics import STATISTICS, CalibrationRequest, calibrate, describe_run
-from .console import calibration_options, device_option, emit, json_option, parse_list, rich_track, say, working
+from .console import (
+    calibration_options,
+    calibration_text_option,
+    device_option,
+    emit,
+    json_option,
+    parse_list,
+    rich_track,
+    say,
+    working,
+)
 
 
 @click.command()
 @click.argument("model", metavar="SRC")
 @click.argument("stats", type=click.Path(path_type=Path))
-@click.option("--text", default="python-help", show_default=True, help="FILE or name of a text.")
+@calibration_text_option("--text", "FILE or name of a text")
 @calibration_options
 @click.option("--recipes", "recipe_names", help="Collect only what these comma-separated recipes need.")
 @device_option
@@ -24,7 +34,7 @@ from .console import calibration_options, device_option, emit, json_option, pars
 def command(
     model: str,
     stats: Path,
-    text: str,
+    calibration: tuple[str, ...],
     samples: int,
     length: int,
     seed: int,
@@ -44,7 +54,7 @@ def command(
     source = open_source(model, device)
     with working(f"loading {model}"):
         _ = source.reader
-    request = CalibrationRequest(text, samples, length, seed, context)
+    request = CalibrationRequest(calibration[0], samples, length, seed, context, also=calibration[1:])
     check_space(stats, calibration_bytes(source, needs, request))
     with DirectoryWriter(stats, {**describe_run(source, request), "recipes": sorted(needs)}, say) as writer:
         result = calibrate(source, request, needs, directory=writer.result, track=rich_track)

@@ -1,52 +1,66 @@
 """care compare: the table of all methods at equal cache."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ..calibration import first_windows, load_text
-from ..comparison import SOURCE, Comparison, Variant, compare
+from ..comparison import SOURCE, Comparison, Variant, compare, variants_of
 from ..errors import InvalidRecipe
 from ..formats import FORMATS
-from ..plan import at_budget, check_request
+from ..plan import check_request
 from ..recipe import load_recipe, recipe_names
-from ..source import open_source
-from ..statistics import CalibrationRequest, calibrate
+from ..report.pictures import new_figure, pareto_figure, save_png
+from ..source import Source, open_source
+from ..statistics import CalibrationRequest
 from .console import (
     HELD_OUT,
     calibration_options,
+    calibration_text_option,
     device_option,
     emit,
     json_option,
     parse_budgets,
     parse_list,
     rich_track,
+    say,
     table,
     window_options,
     working,
+    writable,
 )
 from .evaluate import COLUMNS, quality_record, quality_row
+from .front import fronts, fronts_text, marks, points
 
 
 @click.command()
 @click.argument("model", metavar="SRC")
 @click.option("--recipes", default=",".join(recipe_names()), help="Comma-separated names or files; default: all.")
 @click.option("--kv-budgets", default="0.5,0.25", show_default=True, help="Comma-separated kept shares.")
-@click.option("--calibration", default="python-help", show_default=True, help="Text FILE or NAME, or saved STATS.")
+@calibration_text_option("--calibration", "Text FILE or NAME, or saved STATS")
 @calibration_options
 @click.option("--format", "format_", type=click.Choice(sorted(FORMATS)), help="Hold this format for all recipes.")
 @click.option(
     "--text", "texts", multiple=True, help=f"FILE or name of a text; may be given again. [default: {HELD_OUT}]"
 )
 @window_options
+@click.option(
+    "--keep",
+    "directory",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep statistics and finished rows in DIR; the same command, after a stop, goes on from there.",
+)
+@click.option("--plot", metavar="FILE.png", callback=writable, help="Draw cache kept against perplexity as PNG.")
 @device_option
 @json_option
 def command(
     model: str,
     recipes: str,
     kv_budgets: str,
-    calibration: str,
+    calibration: tuple[str, ...],
     samples: int,
     length: int,
     seed: int,
@@ -56,6 +70,8 @@ def command(
     window: int,
     windows: int,
     skip: int,
+    directory: Path | None,
+    plot: str | None,
     device: str,
     json_file: str | None,
 ) -> None:
@@ -65,71 +81,89 @@ def command(
     """
     chosen = [load_recipe(name) for name in parse_list(recipes, "--recipes")]
     chosen = [replace(recipe, format=format_) for recipe in chosen] if format_ else chosen
-    budgets = parse_budgets(kv_budgets)
+    request = CalibrationRequest(calibration[0], samples, length, seed, context, also=calibration[1:])
+    variants = variants_of(chosen, parse_budgets(kv_budgets), request)
+    if plot is not None:
+        new_figure(1, 1)  # refuses now where nothing can be drawn
     source = open_source(model, device)
     with working(f"loading {model}"):
         cut = {t: first_windows(source.tokens(load_text(t)), window, windows) for t in texts or (HELD_OUT,)}
-        _refuse_if_nothing_left(source, chosen, budgets)
-    needs = frozenset[str]().union(*(at_budget(recipe, b).needs for recipe in chosen for b in budgets))
-    stats = calibrate(source, CalibrationRequest(calibration, samples, length, seed, context), needs, track=rich_track)
-    result = compare(source, chosen, budgets, stats, cut, skip=skip, track=rich_track)
+        _refuse_if_nothing_left(source, variants)
+    result = compare(source, variants, cut, skip=skip, directory=directory, say=say, track=rich_track)
     protocol = {
-        "source": model, "window": window, "windows": windows, "skip": skip, "calibration": asdict(stats.info)
+        "source": model, "window": window, "windows": windows, "skip": skip, "calibration": _calibration(result)
     }  # fmt: skip
-    records = {"protocol": protocol, "texts": {text: _records(result, text) for text in cut}}
+    tables = {text: _records(result, text) for text in cut}
     counted = f"{windows} windows of {window} tokens" + (f", the first {skip} not counted" if skip else "")
-    emit(records, json_file, *(_table(f"{text}: {counted}", result, text) for text in cut))
+    shown = [
+        part for text, record in tables.items()
+        for part in (_table(f"{text}: {counted}", result, text, record), fronts_text(text, record))
+    ]  # fmt: skip
+    emit({"protocol": protocol, "texts": tables}, json_file, *shown)
+    if plot is not None:
+        drawn = [point for text, record in tables.items() for point in points(text, record)]
+        save_png(pareto_figure(drawn), Path(plot))
+        say(f"wrote {plot}")
 
 
-def _refuse_if_nothing_left(source: Any, recipes: list[Any], budgets: list[float]) -> None:  # noqa: ANN401
+def _refuse_if_nothing_left(source: Source, variants: list[Variant]) -> None:
     """One impossible combination becomes a row that says so; if all are, that is an error."""
     reasons = []
-    for recipe in recipes:
-        for budget in budgets:
-            try:
-                check_request(source, recipe, budget)
-            except InvalidRecipe as error:
-                reasons.append(str(error))
-    if len(reasons) == len(recipes) * len(budgets):
+    for variant in variants:
+        try:
+            check_request(source, variant.recipe, variant.kv_budget)
+        except InvalidRecipe as error:
+            reasons.append(str(error))
+    if len(reasons) == len(variants):
         raise InvalidRecipe(reasons[0])
 
 
+def _calibration(result: Comparison) -> dict[str, Any] | None:
+    """What was calibrated on, of the first row that says it; None if no recipe asked for it."""
+    made = (row.made for rows in result.rows.values() for row in rows.values())
+    return next((asdict(m.calibration) for m in made if m is not None and m.calibration is not None), None)
+
+
 def _records(result: Comparison, text: str) -> dict[str, Any]:
-    """One text's rows, the source's apart."""
-    base = quality_record(result.quality[text][SOURCE], result.cache[SOURCE])
-    return {SOURCE: base, "rows": [_record(result, text, v) for v in result.variants]}
+    """One text's rows, the source's apart, and which of them are on the front."""
+    own = result.rows[text][SOURCE]
+    record = {
+        SOURCE: quality_record(own.quality, own.cache),
+        "rows": [_record(result, text, v) for v in result.variants],
+    }
+    return {**record, **fronts(record)}
 
 
 def _record(result: Comparison, text: str, variant: Variant) -> dict[str, Any]:
     recipe = variant.recipe
     head = {"recipe": recipe.name, "paper": recipe.paper, "mode": recipe.mode, "kv_budget": variant.kv_budget}
-    if variant.plan is None:
-        return {**head, "refused": variant.refused}
-    quality = result.quality[text][variant.name]
+    row = result.rows[text].get(variant.name)
+    if row is None or row.made is None:
+        return {**head, "refused": result.refused[variant.name]}
     return {
         **head,
-        **quality_record(quality, result.cache[variant.name]),
+        **quality_record(row.quality, row.cache),
         "excess": _excess(result, text, variant),
-        "mean_cache_width": variant.plan.mean_width,
-        "folding": variant.plan.folding.best if variant.plan.folding else None,
-        "conversion_seconds": variant.seconds,
+        "mean_cache_width": row.made.mean_width,
+        "folding": row.made.folding,
+        "conversion_seconds": row.made.seconds,
     }
 
 
 def _excess(result: Comparison, text: str, variant: Variant) -> float:
     """ln(perplexity / perplexity of the source)."""
-    return result.quality[text][variant.name].nll - result.quality[text][SOURCE].nll
+    return result.rows[text][variant.name].quality.nll - result.rows[text][SOURCE].quality.nll
 
 
-def _table(title: str, result: Comparison, text: str) -> Any:  # noqa: ANN401 - a rich table
-    columns = (*COLUMNS[:-1], "excess", "convert s")
-    base = result.quality[text][SOURCE]
-    rows: list[tuple[str, ...]] = [(*quality_row(SOURCE, base, result.cache[SOURCE])[:-1], "0.000", "-")]
-    for variant in result.variants:
-        if variant.refused is not None:
+def _table(title: str, result: Comparison, text: str, record: dict[str, Any]) -> Any:  # noqa: ANN401 - a rich table
+    columns = (*COLUMNS[:-1], "excess", "front", "convert s")
+    own = result.rows[text][SOURCE]
+    rows: list[tuple[str, ...]] = [(*quality_row(SOURCE, own.quality, own.cache)[:-1], "0.000", "", "-")]
+    for variant, mark in zip(result.variants, marks(record), strict=True):
+        row = result.rows[text].get(variant.name)
+        if row is None or row.made is None:
             rows.append((variant.name, "refused", *[""] * (len(columns) - 2)))
             continue
-        quality = result.quality[text][variant.name]
-        row = quality_row(f"{variant.name} ({variant.recipe.mode})", quality, result.cache[variant.name])
-        rows.append((*row[:-1], f"{_excess(result, text, variant):.3f}", f"{variant.seconds:.1f}"))
+        shown = quality_row(f"{variant.name} ({variant.recipe.mode})", row.quality, row.cache)
+        rows.append((*shown[:-1], f"{_excess(result, text, variant):.3f}", mark, f"{row.made.seconds:.1f}"))
     return table(title, columns, rows)

@@ -33,15 +33,15 @@ out = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
 err = Console(stderr=True)
 
 
-def _writable(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    """Refuse a JSON file that cannot be written before any work is done."""
+def writable(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse a file that cannot be written before any work is done."""
     if value not in (None, "-") and not Path(value).absolute().parent.is_dir():
         raise BadInput(f"cannot write {value}: no such directory")
     return value
 
 
 json_option = click.option(
-    "--json", "json_file", metavar="FILE", callback=_writable, help="Write the result as JSON; - is stdout."
+    "--json", "json_file", metavar="FILE", callback=writable, help="Write the result as JSON; - is stdout."
 )
 device_option = click.option(
     "--device",
@@ -69,6 +69,14 @@ def calibration_options(function: Decorated) -> Decorated:
     ):
         function = option(function)
     return function
+
+
+def calibration_text_option(name: str, about: str) -> Callable[[Decorated], Decorated]:
+    """The texts to calibrate on, the same in every command."""
+    return click.option(
+        name, "calibration", multiple=True, default=("python-help",), show_default=True,
+        help=f"{about}; given again, windows are taken of all texts in equal shares.",
+    )  # fmt: skip
 
 
 def window_options(function: Decorated) -> Decorated:

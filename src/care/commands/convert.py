@@ -16,7 +16,17 @@ from ..rope_split import MeanPhase, RoRope
 from ..source import Source, open_source
 from ..statistics import CalibrationRequest
 from ..types import MODES, Mode
-from .console import calibration_options, device_option, dtype_option, emit, json_option, rich_track, say, working
+from .console import (
+    calibration_options,
+    calibration_text_option,
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    rich_track,
+    say,
+    working,
+)
 from .profile import profile_text
 from .prospect import emit_prospect
 
@@ -37,7 +47,7 @@ ANYTHING = "care"
     help="Where the result will run: picks recipe, format and, for vllm (on GPUs), a shape that it has kernels for.",
 )
 @click.option("--kv-budget", default=0.5, show_default=True, help="Kept share of the source's cache, in (0, 1].")
-@click.option("--calibration", default="python-help", show_default=True, help="Text FILE or NAME, or saved STATS.")
+@calibration_text_option("--calibration", "Text FILE or NAME, or saved STATS")
 @calibration_options
 @click.option("--mode", type=click.Choice(MODES), help="Override the recipe's mode (the format becomes native).")
 @click.option("--format", "format_name", type=click.Choice(list(FORMATS)), help="Override the recipe's format.")
@@ -51,7 +61,7 @@ def command(
     recipe_name: str | None,
     engine: str,
     kv_budget: float,
-    calibration: str,
+    calibration: tuple[str, ...],
     samples: int,
     length: int,
     seed: int,
@@ -74,7 +84,7 @@ def command(
     recipe, kv_budget = _fitted(engine, source, recipe, kv_budget)
     recipe = at_budget(recipe, kv_budget)
     wanted = DTYPES[dtype] if dtype else None
-    request = CalibrationRequest(calibration, samples, length, seed, context)
+    request = CalibrationRequest(calibration[0], samples, length, seed, context, also=calibration[1:])
     if dry_run:
         check_request(source, recipe, kv_budget, wanted or source.stated_dtype)
         emit_prospect(source, recipe, kv_budget, request, wanted, json_file)

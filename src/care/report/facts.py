@@ -120,7 +120,8 @@ def _command(conversion: Mapping[str, Any]) -> str:
     ]
     parts.append(f"--mode {recipe['mode']} --format {recipe['format']}")
     if calibration:
-        parts.append(f"--calibration {calibration['text']} --samples {calibration['num_windows']}")
+        parts += [f"--calibration {text}" for text in (calibration["text"], *calibration.get("also", ()))]
+        parts.append(f"--samples {calibration['num_windows']}")
         parts.append(f"--length {calibration['window']} --seed {calibration['seed']}")
         parts += [f"--context {calibration['context']}"] if calibration["context"] else []
     return " \\\n    ".join(parts)

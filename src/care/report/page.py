@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import BadInput
 from .facts import CONTEXTS, facts
-from .pictures import draw_errors, draw_losses, draw_pareto, draw_spectrum, draw_widths, new_figure, svg
+from .pictures import draw_errors, draw_losses, draw_spectrum, draw_widths, new_figure, pareto_figure, svg
 
 
 def render(
@@ -40,7 +40,7 @@ def _pictures(conversion: Mapping[str, Any], said: Mapping[str, Any]) -> dict[st
         draw_errors(errors, layers)
     drawn = {"profile": svg(figure), "spectra": svg(_spectra(layers))}
     if said["measured"]:
-        drawn["pareto"] = svg(_pareto(said["measured"]))
+        drawn["pareto"] = svg(pareto_figure(said["measured"]))
     return drawn
 
 
@@ -64,12 +64,4 @@ def _spectra(layers: Sequence[Mapping[str, Any]]) -> Any:  # noqa: ANN401 - matp
     drawn = [draw_spectrum(ax, *made) for ax, made in zip(axes, maps, strict=True)]
     axes[0].set_ylabel("layer")
     figure.colorbar(drawn[0], ax=list(axes), label="share of the energy left out")
-    return figure
-
-
-def _pareto(measured: Sequence[Mapping[str, Any]]) -> Any:  # noqa: ANN401
-    texts = list(dict.fromkeys(row["text"] for row in measured))
-    figure = new_figure(7, 4.5 * len(texts))
-    for ax, text in zip(figure.subplots(len(texts), 1, squeeze=False)[:, 0], texts, strict=True):
-        draw_pareto(ax, [row for row in measured if row["text"] == text])
     return figure

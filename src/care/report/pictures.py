@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from ..pareto import on_front
 
 STYLES = {
     "rope": ("0.35", ""),
@@ -16,6 +17,10 @@ STYLES = {
 """Shade and hatch of what a layer caches."""
 
 MARKERS = "osD^vPX*<>ph"
+LINES = ("-", "--", "-.", ":", (0, (1, 3)), (0, (7, 2, 1, 2, 1, 2)), (0, (9, 4)))
+"""Their lengths have no common factor: recipe by recipe another pair."""
+SHORT = 5.0
+"""Highest over lowest perplexity up to which an axis is labeled evenly."""
 LEAST_SHARE = 1e-4
 """Where the spectra's color scale ends."""
 
@@ -110,22 +115,47 @@ def draw_spectrum(axes: Any, curves: Sequence[Sequence[float]], kept: Sequence[f
     return drawn
 
 
-def draw_pareto(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
-    """Cache kept against perplexity, one mark per recipe and mode."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # noqa: PLC0415
+def pareto_figure(measured: Sequence[Mapping[str, Any]]) -> Any:  # noqa: ANN401
+    """One picture per text, from rows with text, name, mode, perplexity, bytes per token, and whether it is ours."""
+    texts = list(dict.fromkeys(row["text"] for row in measured))
+    figure = new_figure(9, 5 * len(texts))
+    for ax, text in zip(figure.subplots(len(texts), 1, squeeze=False)[:, 0], texts, strict=True):
+        draw_pareto(ax, [row for row in measured if row["text"] == text])
+    return figure
 
-    names = dict.fromkeys((row["name"], row["mode"]) for row in rows if row["name"] != "source")
-    for marker, (name, mode) in zip(MARKERS * len(names), names, strict=False):
-        points = sorted((r["kv_budget"], r["perplexity"]) for r in rows if (r["name"], r["mode"]) == (name, mode))
-        own = any(r["ours"] for r in rows if (r["name"], r["mode"]) == (name, mode))
-        axes.plot(
-            *zip(*points, strict=True), marker=marker, color="black" if own else "0.45", linewidth=2 if own else 1,
-            linestyle="-" if mode != "rebuild" else ":", label=f"{name} ({mode})" if mode else name,
-        )  # fmt: skip
+
+def draw_pareto(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
+    """Cache kept against perplexity: one mark and line style per recipe, hollow where keys are rebuilt.
+
+    A broad grey line goes through the rows that no other row beats in both.
+    """
     source = next(row for row in rows if row["name"] == "source")
-    axes.axhline(source["perplexity"], color="black", linestyle="--", linewidth=1, label="source")
+    kept = [(r["bytes_per_token"] / source["bytes_per_token"], r["perplexity"], r) for r in rows if r is not source]
+    front = on_front([(share, perplexity) for share, perplexity, _ in kept])
+    best = sorted((share, perplexity) for (share, perplexity, _), on in zip(kept, front, strict=True) if on)
+    if best:
+        axes.plot(*zip(*best, strict=True), color="0.8", linewidth=7, solid_capstyle="round", label="front")
+    emphasis = any(row["ours"] for row in rows)
+    for index, (name, mode) in enumerate(dict.fromkeys((r["name"], r["mode"]) for _, _, r in kept)):
+        own = [(share, perplexity, r) for share, perplexity, r in kept if (r["name"], r["mode"]) == (name, mode)]
+        black = not emphasis or any(r["ours"] for _, _, r in own)
+        axes.plot(
+            *zip(*sorted(point[:2] for point in own), strict=True),
+            marker=MARKERS[index % len(MARKERS)], markerfacecolor="white" if mode == "rebuild" else None,
+            color="black" if black else "0.45", linestyle=LINES[index % len(LINES)],
+            linewidth=2 if emphasis and black else 1, label=f"{name} ({mode})" if mode else name,
+        )  # fmt: skip
+    axes.axhline(source["perplexity"], color="black", linewidth=2, alpha=0.6, label="source")
     axes.set(xlabel="share of the cache kept", ylabel="perplexity", yscale="log", title=source["text"], xlim=(0, 1.05))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    _label_perplexities(axes)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+
+
+def _label_perplexities(axes: Any) -> None:  # noqa: ANN401
+    """Plain numbers on a logarithmic axis, several on a short one too."""
+    from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter, StrMethodFormatter  # noqa: PLC0415
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)) if high > SHORT * low else AutoLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.legend(loc="upper right", fontsize="small")
