@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,7 @@ def test_the_source_has_its_license_and_not_its_card_on_it(home: Path, monkeypat
 
 def healed(tiny: TinyModels, model: Path, out: Path) -> tuple[str, dict[str, Any]]:
     """The card and the report after a few steps."""
-    asked = request_for(tiny, tokens=256)
-    report = heal(type(asked)(**{**vars(asked), "model": str(model)}), out)
+    report = heal(replace(request_for(tiny, tokens=256), model=str(model)), out)
     return (out / "README.md").read_text(encoding="utf-8"), report
 
 

@@ -98,14 +98,14 @@ def common_spans(
 
 def _cuts(whole: _Tokens, window: int, count: int) -> list[int]:
     """Characters at which the text is cut, each at most `window` tokens behind the one before."""
-    places, befores = list(whole.meets), list(whole.meets.values())
+    places, counts = list(whole.meets), list(whole.meets.values())
     cuts, used = [0], 0
     for _ in range(count):
-        found = bisect_right(befores, used + window)
-        if not found or befores[found - 1] == used:
+        found = bisect_right(counts, used + window)
+        if not found or counts[found - 1] == used:
             raise BadInput(f"no word of this text ends within a window of {window} tokens; raise --window")
         cuts.append(places[found - 1])
-        used = befores[found - 1]
+        used = counts[found - 1]
     return cuts
 
 
