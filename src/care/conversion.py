@@ -16,6 +16,7 @@ from .decisions import earlier_plan, save_plan
 from .estimate import conversion_bytes
 from .factorization import Factors, factorize
 from .formats import FORMATS
+from .licenses import CARD_NAME
 from .linalg import tails
 from .output import CheckpointWriter, Say, check_output_free, check_space, unsaid, writing
 from .plan import Plan, plan_conversion, split_keys
@@ -23,6 +24,7 @@ from .prefix import Prefix
 from .progress import Track, silent
 from .ranks import from_main, is_main, on_main, own_items, wait_for_all
 from .recipe import Recipe
+from .report import model_card
 from .source import Source
 from .statistics import CalibrationRequest, calibrate, describe_run
 from .types import KeySplit, LatentAttention, LayerRanks
@@ -83,6 +85,8 @@ class Report:
     calibration: dict[str, Any] | None
     seconds: float
     layers: list[LayerReport]
+    source_hub_id: str | None = None
+    source_license: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,9 @@ def _write(plan: Plan, writer: CheckpointWriter, track: Track) -> Report:
         with writing(writer.out_dir):
             source.copy_side_files(writer.result)
         tables = [tuple(note["rope"]) for note in notes]
-        writer.finish(FORMATS[plan.recipe.format].config(plan.target, plan.ranks, tables), asdict(report))
+        config = FORMATS[plan.recipe.format].config(plan.target, plan.ranks, tables)
+        writer.write_text(CARD_NAME, model_card(asdict(report), config))
+        writer.finish(config, asdict(report))
     return report
 
 
@@ -264,4 +270,6 @@ def make_report(plan: Plan, layers: list[LayerReport], seconds: float) -> Report
         calibration=asdict(plan.calibration.info) if plan.calibration else None,
         seconds=seconds,
         layers=layers,
+        source_hub_id=plan.source.hub_id,
+        source_license=plan.source.license,
     )

@@ -127,18 +127,26 @@ def _llama_cpp(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Engine:
-    """`rule` says why the engine does not take a config, None where it does; `recipe` is the best one for it."""
+    """`rule` says why the engine does not take a config, None where it does; `recipe` is the best one for it.
+
+    `loads` is how it is given a checkpoint in the directory OUT.
+    """
 
     rule: Rule
     recipe: str
+    loads: str
 
+
+FROM_PRETRAINED = "`AutoModelForCausalLM.from_pretrained(OUT)`"
 
 ENGINES: dict[str, Engine] = {
-    "transformers": Engine(_transformers, "best-deepseek"),
-    "care": Engine(_care, "best"),
-    "vllm": Engine(_vllm, "best-deepseek"),
-    "vllm-cpu": Engine(_vllm_cpu, "best"),
-    "llama.cpp": Engine(_llama_cpp, "best-deepseek"),
+    "transformers": Engine(_transformers, "best-deepseek", f"{FROM_PRETRAINED}, nothing of care's"),
+    "care": Engine(_care, "best", f"`import care; care.register()`, then {FROM_PRETRAINED}; `care serve OUT`"),
+    "vllm": Engine(_vllm, "best-deepseek", "`vllm serve OUT --dtype bfloat16`; it has kernels for this shape"),
+    "vllm-cpu": Engine(_vllm_cpu, "best", "`care serve OUT --engine vllm`"),
+    "llama.cpp": Engine(
+        _llama_cpp, "best-deepseek", "`care export OUT model.gguf --quantize q8_0`, then `llama-cli -m model.gguf`"
+    ),
 }
 """transformers is that without our code, vllm is that on GPUs; llama.cpp reads the exported file."""
 
@@ -153,6 +161,15 @@ def engine_verdicts(config: Mapping[str, Any]) -> dict[str, str]:
         condition = f", with {PLUGIN}" if name == "vllm-cpu" and _is_native(config) else ""
         verdicts[name] = f"yes{condition}" if reason is None else f"no ({reason})"
     return verdicts
+
+
+def engine_loading(config: Mapping[str, Any]) -> dict[str, str]:
+    """The verdicts, with how to load where they are "yes"."""
+    verdicts = engine_verdicts(config)
+    return {
+        name: f"{verdict}: {ENGINES[name].loads}" if verdict.startswith("yes") else verdict
+        for name, verdict in verdicts.items()
+    }
 
 
 def engine_prospects(

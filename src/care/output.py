@@ -73,12 +73,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         part.replace(path)
 
 
-def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    """One indented JSON file, complete or not there."""
+def save_text(path: Path, content: str) -> None:
+    """One UTF-8 file, complete or not there."""
     part = path.with_suffix(".part")
     with writing(path):
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.write_text(content, encoding="utf-8")
         part.replace(path)
+
+
+def save_json(path: Path, content: Mapping[str, Any]) -> None:
+    """One indented JSON file, complete or not there."""
+    save_text(path, json.dumps(content, indent=2) + "\n")
 
 
 class DirectoryWriter:
@@ -156,6 +161,10 @@ class DirectoryWriter:
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """One safetensors file of the result; BadInput when the disk is full."""
         save_tensors(self.result / name, tensors, metadata)
+
+    def write_text(self, name: str, content: str) -> None:
+        """One text file of the result."""
+        save_text(self.result / name, content)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """One indented JSON file of the result."""

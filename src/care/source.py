@@ -15,6 +15,7 @@ from .calibration import DecoderLayers, Observed, Tap, WholeModel
 from .carried import Carried
 from .checkpoint import SafetensorsReader, StateReader, TensorReader
 from .errors import BadInput, UnsupportedModel
+from .licenses import stated_license
 from .modeling import loading
 from .modeling.loading import Location, check_device, expected_shapes, load_config, load_model, load_tokenizer, locate
 from .modeling.streaming import StreamedWeights
@@ -147,6 +148,16 @@ class Source:
         files = [directory / gguf_file] if gguf_file else sorted(directory.glob("*.safetensors"))
         stated = {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
         return {"fingerprint": self.fingerprint, "files": stated, "config": self.config}
+
+    @property
+    def hub_id(self) -> str | None:
+        """The name on a hub; None for a source that lies on this machine."""
+        return None if Path(self.name).exists() else self.name
+
+    @cached_property
+    def license(self) -> dict[str, str] | None:
+        """What the model's own card, config or header states as its license; None where they state none."""
+        return stated_license(self.location.directory, self.location.gguf_file)
 
     def copy_side_files(self, directory: Path) -> None:
         """Tokenizer, generation settings and license, next to converted weights."""

@@ -16,7 +16,7 @@ from .calibration import Calibration, CalibrationInfo, is_calibration, load_cali
 from .checkpoint import read_json
 from .errors import BadInput
 from .estimate import calibration_bytes
-from .evaluation import CacheUse, Quality
+from .evaluation import Bucket, CacheUse, Quality
 from .output import DirectoryWriter, Say, check_space, save_json, unsaid, writing
 from .progress import Track, silent
 from .source import Source
@@ -102,7 +102,8 @@ def _with_more(needs: frozenset[str]) -> list[frozenset[str]]:
 
 
 def _parsed(row: Mapping[str, Any]) -> Row:
-    return Row(Quality(**row["quality"]), CacheUse(**row["cache"]), row["made"] and _made(**row["made"]))
+    quality = {**row["quality"], "buckets": tuple(Bucket(**bucket) for bucket in row["quality"]["buckets"])}
+    return Row(Quality(**quality), CacheUse(**row["cache"]), row["made"] and _made(**row["made"]))
 
 
 def _made(calibration: dict[str, Any] | None, **facts: Any) -> Made:  # noqa: ANN401 - from JSON

@@ -16,7 +16,10 @@ OPTIONS = {
         "model", "out_dir", "--recipe", "--for", "--kv-budget", "--calibration", *CALIBRATION, "--mode", "--format",
         "--dry-run", "--dtype", "--device", "--json",
     ],
-    "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
+    "eval": [
+        "model", "--against", *TEXT, "--bits-per-byte", "--by-position", "--tasks", "--rows", "--dtype", "--device",
+        "--json",
+    ],
     "compare": [
         "model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, "--format", *TEXT, "--keep",
         "--plot", "--device", "--json",

@@ -9,7 +9,7 @@ PACKAGE = Path(care.__file__).parent
 
 LAYERS = (
     {"errors", "carried", "types", "progress", "version"},
-    {"linalg", "rope", "attention", "checkpoint", "output", "ranks", "kernels"},
+    {"linalg", "rope", "attention", "checkpoint", "licenses", "output", "ranks", "kernels"},
     {"architectures", "calibration", "factorization", "rope_split", "allocation", "formats", "refit"},
     {
         "prefix",

@@ -2,6 +2,7 @@
 
 import math
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -70,6 +71,43 @@ def test_kl_is_from_the_reference() -> None:
     assert abs(float(expected - backward)) > VISIBLE
     assert found["q"].top1_agreement == float((p.argmax(-1) == q.argmax(-1)).double().mean())
     assert (found["p"].kl, found["p"].top1_agreement) == (0.0, 1.0)
+    kl_T = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    agreed_T = (p.argmax(-1) == q.argmax(-1)).double()
+    for error, terms_T in ((found["q"].kl_error, kl_T), (found["q"].top1_error, agreed_T)):
+        assert error is not None
+        assert_numbers(error, float(terms_T.std(correction=0)) / math.sqrt(len(terms_T)), "fp32 nats")
+    assert (found["p"].kl_error, found["p"].top1_error) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("length", "skip", "edges"),
+    [
+        (65, 0, [0, 64]),
+        (66, 0, [0, 64, 65]),
+        (CHUNK + 41, 0, [0, 64, 128, 256, CHUNK + 40]),
+        (CHUNK + 41, 130, [130, 256, CHUNK + 40]),
+    ],
+)
+def test_buckets_are_the_same_figures_by_position(length: int, skip: int, edges: list[int]) -> None:
+    """Position 0 has read one token: what it predicts is the window's second."""
+    tokens = windows(3, length)
+    p, q = (model(seed)(tokens)[:, :-1].double().log_softmax(-1) for seed in (1, 2))
+    nll_BT = -q.gather(2, tokens[:, 1:, None])[..., 0]
+    kl_BT = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    agreed_BT = (p.argmax(-1) == q.argmax(-1)).double()
+    whole = measure({"q": model(2), "p": model(1)}, tokens, reference="p", skip=skip)["q"]
+    assert [(b.first, b.last + 1) for b in whole.buckets] == list(pairwise(edges))
+    for b in whole.buckets:
+        for terms_BT, mean, error in (
+            (nll_BT, b.nll, b.nll_error), (kl_BT, b.kl, b.kl_error), (agreed_BT, b.top1_agreement, b.top1_error),
+        ):  # fmt: skip
+            part_N = terms_BT[:, b.first : b.last + 1].flatten()
+            assert b.predictions == len(part_N)
+            assert mean is not None
+            assert error is not None
+            expected = [float(part_N.mean()), float(part_N.std(correction=0)) / math.sqrt(len(part_N))]
+            assert_numbers([mean, error], expected, "fp32 nats")
+    assert_numbers(sum(b.nll * b.predictions for b in whole.buckets) / whole.predictions, whole.nll, "fp64 sums")
 
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:

@@ -107,7 +107,7 @@ def test_shares_are_equal_up_to_one_and_taken_in_turn() -> None:
 
 @pytest.mark.parametrize("cut", [lambda t, n, c: first_windows(t, n, c), lambda t, n, c: sampled_windows(t, n, c, 0)])
 def test_a_text_too_short_says_by_how_much(cut) -> None:
-    with pytest.raises(BadInput, match="the text has 29 tokens, 3 windows of 10 need 30"):
+    with pytest.raises(BadInput, match=r"the text has 29 tokens, 3 windows of 10 need 30; .* of which it has 2"):
         cut(torch.arange(29), 10, 3)
     for length, count in ((1, 3), (10, 0)):
         with pytest.raises(BadInput, match="need at least 1 window of 2 tokens"):

@@ -89,8 +89,13 @@ def taken_in_turn(parts: Sequence[Tensor]) -> Tensor:
 def _require(tokens_T: Tensor, length: int, count: int, name: str) -> None:
     if length < 2 or count < 1:
         raise BadInput(f"{count} windows of {length} tokens; need at least 1 window of 2 tokens")
+    if len(tokens_T) < length:
+        raise BadInput(
+            f"{name} has {len(tokens_T)} tokens, less than one window of {length}; "
+            "use a longer text or shorter windows"
+        )
     if len(tokens_T) < length * count:
         raise BadInput(
             f"{name} has {len(tokens_T)} tokens, {count} windows of {length} need {length * count}; "
-            "use a longer text or fewer windows"
+            f"use a longer text or fewer windows, of which it has {len(tokens_T) // length}"
         )

@@ -1,5 +1,8 @@
-"""care eval: perplexity, distance to a reference, and the live cache of any model."""
+"""care eval: perplexity, bits per byte, distance to a reference, and the live cache of any model."""
 
+import difflib
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,7 +12,22 @@ import click
 
 from ..calibration import first_windows, load_text
 from ..conversion import DTYPES
-from ..evaluation import CacheUse, Quality, TaskScore, live_cache, load_task, measure, score
+from ..errors import BadInput, InvalidRecipe
+from ..evaluation import (
+    BitsPerByte,
+    Bucket,
+    CacheUse,
+    Quality,
+    TaskScore,
+    bits_per_byte,
+    common_spans,
+    live_cache,
+    load_task,
+    measure,
+    measure_bits,
+    predicted_bytes,
+    score,
+)
 from ..modeling.loading import load_model, load_tokenizer, locate, logits, tokenize
 from .console import (
     HELD_OUT,
@@ -25,7 +43,12 @@ from .console import (
 )
 
 TASK_COLUMNS = ("model", "task", "rows", "acc", "± se", "acc_norm", "± se")
-COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
+COLUMNS = ("model", "perplexity", "KL", "top-1", "cache B/token", "s")
+POSITION_COLUMNS = ("model", "position", "predictions", "perplexity", "KL", "top-1")
+BITS_COLUMNS = ("model", "bits/byte", "bytes", "predictions", "cache B/token")
+
+NEAR = 0.5
+"""How like a name must be to be offered in the place of one that is not there."""
 
 
 @click.command()
@@ -33,6 +56,13 @@ COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
 @click.option("--against", metavar="SRC", help="Reference model: adds KL(SRC || MODEL) and top-1 agreement.")
 @click.option("--text", default=HELD_OUT, show_default=True, help="FILE or name of a text.")
 @window_options
+@click.option(
+    "--bits-per-byte",
+    "across",
+    is_flag=True,
+    help="Compare models with different tokenizers: each reads the same text in its own tokens.",
+)
+@click.option("--by-position", is_flag=True, help="Show perplexity, KL and top-1 by position in the window too.")
 @click.option("--tasks", help="Comma-separated .jsonl(.gz) files of multiple-choice rows: adds acc and acc_norm.")
 @click.option("--rows", default=500, show_default=True, help="Rows of each task, from its start.")
 @dtype_option
@@ -45,6 +75,8 @@ def command(
     window: int,
     windows: int,
     skip: int,
+    across: bool,
+    by_position: bool,
     tasks: str | None,
     rows: int,
     dtype: str | None,
@@ -52,36 +84,112 @@ def command(
     json_file: str | None,
 ) -> None:
     """Measure MODEL, converted or not, on a text."""
-    questions = {Path(name): load_task(Path(name), rows) for name in parse_list(tasks, "--tasks")} if tasks else {}
+    if across and by_position:
+        raise InvalidRecipe("--by-position counts positions in one tokenizer's tokens; leave out --bits-per-byte")
+    questions = {path: load_task(path, rows) for path in _task_files(tasks)}
     names = [name for name in (against, model) if name is not None]
     locations = {name: locate(name) for name in names}
-    tokenizer = load_tokenizer(locations[names[0]])
-    windows_BT = first_windows(tokenize(tokenizer, load_text(text)), window, windows)
+    tokenizers = {name: load_tokenizer(at) for name, at in locations.items()}
+    content = load_text(text)
+    if across:
+        spans, windows_BT = common_spans(tokenizers, content, window, windows, skip), None
+    else:
+        _refuse_other("tokenizer", {name: t.get_vocab() for name, t in tokenizers.items()})
+        spans, windows_BT = {}, first_windows(tokenize(tokenizers[names[0]], content), window, windows)
     with working("loading " + " and ".join(names)):
         wanted = DTYPES[dtype or "float32"]
         models = {name: load_model(at, dtype=wanted, device=device) for name, at in locations.items()}
     runs = {name: partial(logits, loaded) for name, loaded in models.items()}
-    quality = measure(runs, windows_BT, reference=against, skip=skip, track=rich_track)
     cache = {name: live_cache(loaded) for name, loaded in models.items()}
+    title = f"{text}: {windows} windows of {window} tokens"
+    if windows_BT is None:
+        records, shown = _by_bytes(measure_bits(runs, spans, track=rich_track), cache, title)
+    else:
+        _refuse_other("vocabulary size", {name: loaded.config.vocab_size for name, loaded in models.items()})
+        num_bytes = predicted_bytes(tokenizers[names[0]], windows_BT, skip)
+        quality = measure(runs, windows_BT, reference=against, skip=skip, track=rich_track)
+        records, shown = _by_tokens(quality, num_bytes, cache, title)
+        shown += [_position_table(quality)] if by_position else []
     scores = {
-        name: {path: score(models[name], tokenizer, asked, track=rich_track, label=f"{path.name} by {name}")
+        name: {path: score(models[name], tokenizers[name], asked, track=rich_track, label=f"{path.name} by {name}")
                for path, asked in questions.items()}
         for name in names
     }  # fmt: skip
     result = {
         "text": text, "window": window, "windows": windows, "skip": skip,
         "models": {
-            name: quality_record(quality[name], cache[name])
+            name: records[name]
             | ({"tasks": {path.name: asdict(s) for path, s in scores[name].items()}} if tasks else {})
             for name in names
         },
     }  # fmt: skip
-    lines = [quality_row(name, quality[name], cache[name]) for name in names]
-    shown = [table(f"{text}: {windows} windows of {window} tokens", COLUMNS, lines)]
     if tasks:
         answers = [(name, path.name, *_task_row(s)) for name in names for path, s in scores[name].items()]
         shown.append(table("tasks", TASK_COLUMNS, answers))
     emit(result, json_file, *shown)
+
+
+def _task_files(tasks: str | None) -> list[Path]:
+    """The files named in --tasks; BadInput with the nearest names beside it for one that is not there."""
+    paths = [Path(name) for name in parse_list(tasks, "--tasks")] if tasks else []
+    for path in paths:
+        if not path.is_file():
+            beside = {p.name.partition(".")[0]: p.name for p in sorted(path.parent.glob("*.jsonl*"))}
+            near = [
+                beside[stem] for stem in difflib.get_close_matches(path.name.partition(".")[0], beside, cutoff=NEAR)
+            ]
+            hint = f"did you mean {' or '.join(near)}?" if near else f"{path.parent} has no .jsonl file of a like name"
+            raise BadInput(f"no such task file: {path}; {hint}")
+    return paths
+
+
+def _refuse_other(what: str, found: Mapping[str, object]) -> None:
+    """Figures per token can be compared only where tokens are the same."""
+    (first, expected), *others = found.items()
+    for name, value in others:
+        if value != expected:
+            raise BadInput(
+                f"{name} has another {what} than {first}, so KL, top-1 and perplexity per token cannot be compared; "
+                "--bits-per-byte can"
+            )
+
+
+def _by_bytes(
+    bits: Mapping[str, BitsPerByte], cache: Mapping[str, CacheUse], title: str
+) -> tuple[dict[str, dict[str, Any]], list[Any]]:
+    """Records and table of models that need not have the same tokens."""
+    records = {name: _bits_record(b) | {"predictions": b.predictions} | _cache_record(cache[name])
+               for name, b in bits.items()}  # fmt: skip
+    rows = [
+        (name, _pm(b.value, b.error, ".4f"), f"{b.num_bytes:,}", f"{b.predictions:,}",
+         f"{cache[name].bytes_per_token:,.0f}")
+        for name, b in bits.items()
+    ]  # fmt: skip
+    return records, [table(f"{title} of {next(iter(bits))}", BITS_COLUMNS, rows)]
+
+
+def _by_tokens(
+    quality: Mapping[str, Quality], num_bytes: int, cache: Mapping[str, CacheUse], title: str
+) -> tuple[dict[str, dict[str, Any]], list[Any]]:
+    """Records and table of models with the same tokens."""
+    bits = {name: bits_per_byte(q, num_bytes) for name, q in quality.items()}
+    records = {
+        name: quality_record(q, cache[name])
+        | _bits_record(bits[name])
+        | {"by_position": [asdict(b) for b in q.buckets]}
+        for name, q in quality.items()
+    }
+    rows = [quality_row(name, q, cache[name]) for name, q in quality.items()]
+    rows = [(*row[:2], _pm(bits[row[0]].value, bits[row[0]].error, ".4f"), *row[2:]) for row in rows]
+    return records, [table(title, (*COLUMNS[:2], "bits/byte", *COLUMNS[2:]), rows)]
+
+
+def _position_table(quality: Mapping[str, Quality]) -> Any:  # noqa: ANN401 - a rich table
+    rows = [
+        (name, f"{b.first}-{b.last}", f"{b.predictions:,}", *_quality_cells(b))
+        for name, q in quality.items() for b in q.buckets
+    ]  # fmt: skip
+    return table("by position in the window", POSITION_COLUMNS, rows)
 
 
 def _task_row(s: TaskScore) -> tuple[str, ...]:
@@ -95,17 +203,34 @@ def quality_record(quality: Quality, cache: CacheUse) -> dict[str, Any]:
     """One model's numbers as plain data."""
     return {
         "perplexity": quality.perplexity, "nll": quality.nll, "nll_standard_error": quality.nll_error,
-        "kl": quality.kl, "top1_agreement": quality.top1_agreement, "predictions": quality.predictions,
-        "cache_values_per_token": cache.values_per_token, "cache_bytes_per_token": cache.bytes_per_token,
+        "kl": quality.kl, "kl_standard_error": quality.kl_error, "top1_agreement": quality.top1_agreement,
+        "top1_standard_error": quality.top1_error, "predictions": quality.predictions, **_cache_record(cache),
         "seconds": quality.seconds,
     }  # fmt: skip
 
 
+def _cache_record(cache: CacheUse) -> dict[str, float]:
+    return {"cache_values_per_token": cache.values_per_token, "cache_bytes_per_token": cache.bytes_per_token}
+
+
+def _bits_record(bits: BitsPerByte) -> dict[str, float]:
+    return {"bits_per_byte": bits.value, "bits_per_byte_standard_error": bits.error, "bytes": bits.num_bytes}
+
+
 def quality_row(name: str, quality: Quality, cache: CacheUse) -> tuple[str, ...]:
-    """One model's numbers for a person; the standard error is that of the perplexity."""
+    """One model's numbers for a person, with standard errors."""
+    return (name, *_quality_cells(quality), f"{cache.bytes_per_token:,.0f}", f"{quality.seconds:.1f}")
+
+
+def _quality_cells(q: Quality | Bucket) -> tuple[str, str, str]:
+    """Perplexity, KL and top-1 agreement."""
+    perplexity = math.exp(q.nll)
     return (
-        name, f"{quality.perplexity:,.2f}", f"{quality.perplexity * quality.nll_error:,.2f}",
-        "-" if quality.kl is None else f"{quality.kl:.4f}",
-        "-" if quality.top1_agreement is None else f"{quality.top1_agreement:.1%}",
-        f"{cache.bytes_per_token:,.0f}", f"{quality.seconds:.1f}",
+        _pm(perplexity, perplexity * q.nll_error, ",.2f"), _pm(q.kl, q.kl_error, ".4f"),
+        _pm(q.top1_agreement, q.top1_error, ".1%"),
     )  # fmt: skip
+
+
+def _pm(value: float | None, error: float | None, form: str) -> str:
+    """A figure with its standard error."""
+    return "-" if value is None or error is None else f"{value:{form}} ± {error:{form}}"

@@ -1,19 +1,27 @@
 """Measuring models: quality, live cache, text."""
 
+from .bits import BitsPerByte, Span, bits_per_byte, common_spans, measure_bits, predicted_bytes
 from .cache import CacheUse, live_cache
 from .generation import generate_text
-from .quality import Quality, measure
+from .quality import Bucket, Quality, measure
 from .tasks import Row, TaskScore, load_task, log_probabilities, score
 
 __all__ = [
+    "BitsPerByte",
+    "Bucket",
     "CacheUse",
     "Quality",
     "Row",
+    "Span",
     "TaskScore",
+    "bits_per_byte",
+    "common_spans",
     "generate_text",
     "live_cache",
     "load_task",
     "log_probabilities",
     "measure",
+    "measure_bits",
+    "predicted_bytes",
     "score",
 ]

@@ -1,13 +1,14 @@
 """Perplexity, and how far a model is from a reference: KL divergence and top-1 agreement.
 
 All models see the same window before the next window is read, so that a reference's logits are never stored.
-Log-probabilities are fp32, sums fp64.
+Log-probabilities are fp32, sums fp64. What each figure means is in docs/evaluate.md.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,22 +22,46 @@ Logits = Callable[[Tensor], Tensor]
 CHUNK = 256
 """Positions whose log-probabilities are held at a time."""
 
+FIRST_BUCKET = 64
+"""Positions in the first bucket; each further one ends at the next power of two."""
+
+SUMS = ("nll", "nll_squared", "kl", "kl_squared", "agreed")
+
 
 @dataclass
 class _Sums:
-    nll: float = 0.0
-    nll_squared: float = 0.0
-    kl: float = 0.0
-    agreed: int = 0
-    predictions: int = 0
+    """Sums over windows, for each position apart: five rows, in the order of SUMS."""
+
+    num_positions: int
+    windows: int = 0
     seconds: float = 0.0
+    sums_5T: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums_5T = torch.zeros(len(SUMS), self.num_positions, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Means over predictions from `first` to `last`, both counted: how many tokens came before the last one read."""
+
+    first: int
+    last: int
+    predictions: int
+    nll: float
+    nll_error: float
+    kl: float | None
+    kl_error: float | None
+    top1_agreement: float | None
+    top1_error: float | None
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over all predictions; kl and top1_agreement are None without a reference.
+    """Means over all predictions; kl, top1_agreement and their errors are None without a reference.
 
-    nll is in nats per token, and nll_error its standard error.
+    nll and kl are in nats per token; errors are standard errors, as if predictions were independent. `buckets` are the
+    same by position in the window.
     """
 
     predictions: int
@@ -45,6 +70,9 @@ class Quality:
     kl: float | None
     top1_agreement: float | None
     seconds: float
+    kl_error: float | None = None
+    top1_error: float | None = None
+    buckets: tuple[Bucket, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -67,7 +95,7 @@ def measure(
     """
     if not 0 <= skip < windows_BT.shape[1] - 1:
         raise BadInput(f"a window of {windows_BT.shape[1]} tokens has no predictions behind the first {skip}")
-    sums = {name: _Sums() for name in models}
+    sums = {name: _Sums(windows_BT.shape[1] - 1 - skip) for name in models}
     order = sorted(models, key=lambda name: name != reference)
     with torch.inference_mode():
         for window_T in track(windows_BT, label="evaluating", total=len(windows_BT)):
@@ -78,35 +106,65 @@ def measure(
                 sums[name].seconds += time.perf_counter() - start
                 if name == reference:
                     base_TV = logits_TV
-                _add(sums[name], logits_TV, window_T[skip + 1 :].to(logits_TV.device), base_TV)
-    return {name: _means(name, sums[name], with_reference=reference is not None) for name in models}
+                _add(sums[name], logits_TV, window_T[skip + 1 :], base_TV)
+    return {name: _means(name, sums[name], skip, with_reference=reference is not None) for name in models}
 
 
-def _add(sums: _Sums, logits_TV: Tensor, labels_T: Tensor, base_TV: Tensor | None) -> None:
+def log_probabilities(logits_TV: Tensor, labels_T: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """CHUNK positions at a time: which, all log-probabilities (t, V), and the labels' negative ones (t) in fp64."""
+    labels_T = labels_T.to(logits_TV.device)
     for start in range(0, len(labels_T), CHUNK):
         part = slice(start, start + CHUNK)
         logp_TV = logits_TV[part].float().log_softmax(-1)
-        nll_T = -logp_TV.gather(1, labels_T[part, None])[:, 0].double()
-        sums.nll += float(nll_T.sum())
-        sums.nll_squared += float(nll_T.square().sum())
-        sums.predictions += len(nll_T)
+        yield part, logp_TV, -logp_TV.gather(1, labels_T[part, None])[:, 0].double()
+
+
+def _add(sums: _Sums, logits_TV: Tensor, labels_T: Tensor, base_TV: Tensor | None) -> None:
+    sums.windows += 1
+    for part, logp_TV, nll_T in log_probabilities(logits_TV, labels_T):
+        rows = [nll_T, nll_T.square()]
         if base_TV is not None:
             base_logp_TV = base_TV[part].float().log_softmax(-1)
-            sums.kl += float((base_logp_TV.exp() * (base_logp_TV - logp_TV)).sum(-1).double().sum())
-            sums.agreed += int((base_logp_TV.argmax(-1) == logp_TV.argmax(-1)).sum())
+            kl_T = (base_logp_TV.exp() * (base_logp_TV - logp_TV)).sum(-1).double()
+            rows += [kl_T, kl_T.square(), (base_logp_TV.argmax(-1) == logp_TV.argmax(-1)).double()]
+        sums.sums_5T[: len(rows), part] += torch.stack(rows).cpu()
 
 
-def _means(name: str, sums: _Sums, *, with_reference: bool) -> Quality:
-    n = sums.predictions
-    mean = sums.nll / n
-    if not math.isfinite(mean):
+def check_finite_nll(name: str, nll: float) -> None:
+    """BadInput that names the model where its likelihoods are no numbers."""
+    if not math.isfinite(nll):
         raise BadInput(f"model {name} gives NaN or infinite logits; its weights are damaged or its dtype too small")
-    deviation = math.sqrt(max(sums.nll_squared / n - mean**2, 0.0))
-    return Quality(
-        predictions=n,
-        nll=mean,
-        nll_error=deviation / math.sqrt(n),
-        kl=sums.kl / n if with_reference else None,
-        top1_agreement=sums.agreed / n if with_reference else None,
-        seconds=sums.seconds,
+
+
+def _means(name: str, sums: _Sums, skip: int, *, with_reference: bool) -> Quality:
+    whole = _bucket(sums, skip, skip, skip + sums.num_positions, with_reference=with_reference)
+    check_finite_nll(name, whole.nll)
+    edges = [0, FIRST_BUCKET]
+    while edges[-1] < skip + sums.num_positions:
+        edges.append(2 * edges[-1])
+    buckets = tuple(
+        _bucket(sums, skip, max(first, skip), min(end, skip + sums.num_positions), with_reference=with_reference)
+        for first, end in pairwise(edges)
+        if end > skip
     )
+    return Quality(
+        predictions=whole.predictions, nll=whole.nll, nll_error=whole.nll_error, kl=whole.kl, kl_error=whole.kl_error,
+        top1_agreement=whole.top1_agreement, top1_error=whole.top1_error, seconds=sums.seconds, buckets=buckets,
+    )  # fmt: skip
+
+
+def _bucket(sums: _Sums, skip: int, first: int, end: int, *, with_reference: bool) -> Bucket:
+    """Means over positions from `first` up to `end`; sums begin at position `skip`."""
+    n = sums.windows * (end - first)
+    of = dict(zip(SUMS, sums.sums_5T[:, first - skip : end - skip].sum(1).tolist(), strict=True))
+    nll, nll_error = mean_and_error(of["nll"], of["nll_squared"], n)
+    kl, kl_error = mean_and_error(of["kl"], of["kl_squared"], n) if with_reference else (None, None)
+    # Ones and zeros are their own squares.
+    top1, top1_error = mean_and_error(of["agreed"], of["agreed"], n) if with_reference else (None, None)
+    return Bucket(first, end - 1, n, nll, nll_error, kl, kl_error, top1, top1_error)
+
+
+def mean_and_error(total: float, total_squared: float, n: int) -> tuple[float, float]:
+    """Mean and its standard error from sums over n independent terms."""
+    mean = total / n
+    return mean, math.sqrt(max(total_squared / n - mean**2, 0.0) / n)

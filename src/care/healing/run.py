@@ -18,10 +18,12 @@ from ..architectures import architecture_for
 from ..calibration import load_text
 from ..checkpoint import CONVERSION_NAME, INDEX_NAME, SafetensorsReader, check_finite, read_json
 from ..errors import BadInput, InvalidRecipe
+from ..licenses import CARD_NAME, stated_license
 from ..modeling.loading import Location, load_config, load_model, load_tokenizer, locate, tokenize
 from ..output import CheckpointWriter, Say, check_output_free, check_space, partial_of, save_tensors, unsaid, writing
 from ..progress import Track, silent
 from ..refit import Ridge
+from ..report import model_card
 from ..version import __version__
 from .curve import plot_curve
 from .data import SELF, Windows, split_windows, write_text
@@ -269,4 +271,18 @@ def _write(
                 shutil.copyfile(file, writer.result / file.name)
     writer.index()
     plot_curve(report, writer.result / CURVE_NAME)
+    writer.write_text(CARD_NAME, _card(model, report))
     writer.write_json(HEALING_NAME, report)
+
+
+def _card(model: Path, report: Mapping[str, Any]) -> str:
+    """The card anew, from what the conversion said of itself; an older version said less, another tool nothing.
+
+    A license that was written into the model's own card since then is kept.
+    """
+    provenance = model / CONVERSION_NAME
+    conversion = read_json(provenance) if provenance.is_file() else dict[str, Any]()
+    stated = stated_license(model) or conversion.get("source_license")
+    again = (model / HEALING_NAME).is_file()
+    config = read_json(model / "config.json")
+    return model_card({**conversion, "source_license": stated}, config, report, healed_before=again)

@@ -18,7 +18,8 @@ from ..errors import BadInput
 from .native import register
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt")
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt", "README.md",
+             "LICENSE*", "NOTICE*")  # fmt: skip
 """What is fetched from a hub: never pickles, never code."""
 
 UNREADABLE = (ValueError, OSError, RuntimeError, LookupError, TypeError)

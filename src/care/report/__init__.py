@@ -1,5 +1,6 @@
-"""A conversion on one page: what was made, what it costs and how it compares."""
+"""A conversion on one page, and as a model card: what was made, what it costs and how it compares."""
 
+from .card import model_card
 from .page import render
 
-__all__ = ["render"]
+__all__ = ["model_card", "render"]

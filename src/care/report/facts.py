@@ -1,6 +1,7 @@
 """What a report says, as plain data: of conversion.json, and of what `care eval` and `care compare` measured."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ GPUS = (1, 2, 4, 8)
 
 SCALE_BYTES = 2
 """One 16-bit scale per quantized vector: per head in the source, per token in a latent."""
+
+OWNER_AND_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -38,39 +41,48 @@ def facts(conversion: Mapping[str, Any], results: Sequence[tuple[str, Mapping[st
     """Everything on the page but its pictures. `results` are JSON files by name; BadInput for one of another kind."""
     rows = [row for name, result in results for row in _rows(name, result, conversion)]
     return {
-        "source": _name(conversion["source"]),
+        "source": source_name(conversion),
         "recipe": conversion["recipe"],
         "kept": conversion["kept_share"],
-        "verdict": _verdict(conversion, rows),
+        "verdict": [saving(conversion), _costs(rows)],
         "calibration": conversion["calibration"],
         "care_version": conversion["care_version"],
         "seconds": conversion["seconds"],
         "cache": cache_rows(conversion),
         "quantized": quantized_rows(conversion),
         "measured": [vars(row) for row in rows],
-        "losses": _losses(conversion["layers"]),
-        "command": _command(conversion),
+        "losses": losses(conversion["layers"]),
+        "command": conversion_command(conversion),
     }
 
 
-def _name(source: str) -> str:
-    """A hub id or a relative path as it is, an absolute one without its directories."""
-    return Path(source).name if Path(source).is_absolute() else source
+def source_name(conversion: Mapping[str, Any]) -> str:
+    """A hub id as it is, a directory or a file without what it lies in."""
+    if conversion.get("source_hub_id"):
+        return conversion["source_hub_id"]
+    source = conversion["source"]
+    if "source_hub_id" not in conversion and OWNER_AND_NAME.fullmatch(source):
+        return source  # an older version did not tell a hub id from a relative path
+    return Path(source).name.strip(".") or "source"
 
 
-def _verdict(conversion: Mapping[str, Any], rows: Sequence[Measured]) -> list[str]:
-    """What it saves, and what it costs in quality as far as that was measured."""
+def saving(conversion: Mapping[str, Any]) -> str:
+    """One sentence on what became of the cache."""
     width, full = conversion["mean_cache_width"], conversion["source_cache_width"]
-    saves = f"Keeps {conversion['kept_share']:.1%} of the cache: {width:,.0f} of {full:,} values a token and layer."
+    return f"Keeps {conversion['kept_share']:.1%} of the cache: {width:,.0f} of {full:,} values a token and layer."
+
+
+def _costs(rows: Sequence[Measured]) -> str:
+    """What it costs in quality as far as that was measured."""
     own = [row for row in rows if row.ours]
     if not own:
-        return [saves, "Its quality has not been measured; give the JSON of care eval or care compare."]
+        return "Its quality has not been measured; give the JSON of care eval or care compare."
     costs = "; ".join(
         f"perplexity {row.perplexity / math.exp(row.excess):,.2f} to {row.perplexity:,.2f} "
         f"({math.expm1(row.excess):+.1%}) on {row.text}"
         for row in own
     )
-    return [saves, costs[0].upper() + costs[1:] + "."]
+    return costs[0].upper() + costs[1:] + "."
 
 
 def cache_rows(conversion: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -105,22 +117,25 @@ def quantized_rows(conversion: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _losses(layers: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+def losses(layers: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """Predicted nats a token over all layers, where the method weighs in nats."""
     if any(layer["key_loss"] is None for layer in layers):
         return None
     return {part: sum(layer[f"{part}_loss"] or 0.0 for layer in layers) for part in ("rope", "key", "value")}
 
 
-def _command(conversion: Mapping[str, Any]) -> str:
-    """What makes this checkpoint again."""
-    recipe, calibration = conversion["recipe"], conversion["calibration"]
-    parts = [
-        f"care convert {conversion['source']} OUT --recipe {recipe['name']} --kv-budget {conversion['kv_budget']:g}"
-    ]
-    parts.append(f"--mode {recipe['mode']} --format {recipe['format']}")
+def conversion_command(conversion: Mapping[str, Any], recipe: str | None = None, *, public: bool = False) -> str:
+    """What makes this checkpoint again; `recipe` names a file with every choice made.
+
+    `public` leaves out where source and text lie on this machine.
+    """
+    chosen, calibration = conversion["recipe"], conversion["calibration"]
+    source = source_name(conversion) if public else conversion["source"]
+    parts = [f"care convert {source} OUT --recipe {recipe or chosen['name']} --kv-budget {conversion['kv_budget']}"]
+    parts.append(f"--mode {chosen['mode']} --format {chosen['format']}")
     if calibration:
-        parts += [f"--calibration {text}" for text in (calibration["text"], *calibration.get("also", ()))]
+        texts = (calibration["text"], *calibration.get("also", ()))
+        parts += [f"--calibration {Path(text).name if public else text}" for text in texts]
         parts.append(f"--samples {calibration['num_windows']}")
         parts.append(f"--length {calibration['window']} --seed {calibration['seed']}")
         parts += [f"--context {calibration['context']}"] if calibration["context"] else []
