@@ -16,7 +16,14 @@ OPTIONS = {
         "model", "out_dir", "--recipe", "--for", "--kv-budget", "--calibration", *CALIBRATION, "--mode", "--format",
         "--dry-run", "--dtype", "--device", "--json",
     ],
-    "eval": ["model", "--against", *TEXT, "--tasks", "--rows", "--dtype", "--device", "--json"],
+    "eval": [
+        "model", "--against", *TEXT, "--tasks", "--rows", "--harness", "--harness-rows", "--dtype", "--device",
+        "--json",
+    ],
+    "needle": [
+        "model", "--against", "--text", "--lengths", "--depths", "--trials", "--seed", "--plot", "--dtype", "--device",
+        "--json",
+    ],
     "compare": [
         "model", "--recipes", "--kv-budgets", "--calibration", *CALIBRATION, "--format", *TEXT, "--device", "--json",
     ],

@@ -10,6 +10,7 @@ import click
 from ..calibration import first_windows, load_text
 from ..conversion import DTYPES
 from ..evaluation import CacheUse, Quality, TaskScore, live_cache, load_task, measure, score
+from ..evaluation.harness import HarnessScore, harness_scores, load_harness_tasks, run_harness
 from ..modeling.loading import load_model, load_tokenizer, locate, logits, tokenize
 from .console import (
     HELD_OUT,
@@ -24,6 +25,7 @@ from .console import (
     working,
 )
 
+HARNESS_COLUMNS = ("model", "task", "rows", "metric", "value", "± se")
 TASK_COLUMNS = ("model", "task", "rows", "acc", "± se", "acc_norm", "± se")
 COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
 
@@ -35,6 +37,8 @@ COLUMNS = ("model", "perplexity", "± se", "KL", "top-1", "cache B/token", "s")
 @window_options
 @click.option("--tasks", help="Comma-separated .jsonl(.gz) files of multiple-choice rows: adds acc and acc_norm.")
 @click.option("--rows", default=500, show_default=True, help="Rows of each task, from its start.")
+@click.option("--harness", help="Comma-separated tasks of the lm-evaluation-harness, or .jsonl(.gz) files for it.")
+@click.option("--harness-rows", type=int, help="Rows of each of these, from its start; default: all.")
 @dtype_option
 @device_option
 @json_option
@@ -47,12 +51,15 @@ def command(
     skip: int,
     tasks: str | None,
     rows: int,
+    harness: str | None,
+    harness_rows: int | None,
     dtype: str | None,
     device: str,
     json_file: str | None,
 ) -> None:
     """Measure MODEL, converted or not, on a text."""
     questions = {Path(name): load_task(Path(name), rows) for name in parse_list(tasks, "--tasks")} if tasks else {}
+    asked_of_harness = load_harness_tasks(parse_list(harness, "--harness")) if harness else None
     names = [name for name in (against, model) if name is not None]
     locations = {name: locate(name) for name in names}
     tokenizer = load_tokenizer(locations[names[0]])
@@ -68,20 +75,40 @@ def command(
                for path, asked in questions.items()}
         for name in names
     }  # fmt: skip
+    official = {
+        name: harness_scores(
+            run_harness(
+                loaded, tokenizer, asked_of_harness, rows=harness_rows, track=rich_track, label=f"harness: {name}"
+            )
+        )
+        for name, loaded in (models.items() if asked_of_harness else ())
+    }
     result = {
         "text": text, "window": window, "windows": windows, "skip": skip,
         "models": {
             name: quality_record(quality[name], cache[name])
             | ({"tasks": {path.name: asdict(s) for path, s in scores[name].items()}} if tasks else {})
+            | ({"harness": {task: asdict(s) for task, s in official[name].items()}} if harness else {})
             for name in names
         },
     }  # fmt: skip
+    if asked_of_harness:
+        result["harness"] = {"lm_eval_version": asked_of_harness.version, "rows": harness_rows}
     lines = [quality_row(name, quality[name], cache[name]) for name in names]
     shown = [table(f"{text}: {windows} windows of {window} tokens", COLUMNS, lines)]
     if tasks:
         answers = [(name, path.name, *_task_row(s)) for name in names for path, s in scores[name].items()]
         shown.append(table("tasks", TASK_COLUMNS, answers))
+    if asked_of_harness:
+        lines = [row for name in names for task, s in official[name].items() for row in _harness_rows(name, task, s)]
+        shown.append(table(f"lm-evaluation-harness {asked_of_harness.version}", HARNESS_COLUMNS, lines))
     emit(result, json_file, *shown)
+
+
+def _harness_rows(name: str, task: str, s: HarnessScore) -> list[tuple[str, ...]]:
+    """One row a metric: they are never mixed."""
+    errors = {metric: "-" if error is None else f"{error:.4f}" for metric, error in s.errors.items()}
+    return [(name, task, str(s.rows), metric, f"{value:.4f}", errors[metric]) for metric, value in s.values.items()]
 
 
 def _task_row(s: TaskScore) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..calibration.text import read_text
 from ..errors import BadInput
 from ..progress import Track, silent
+from .pairs import encode_pair
 from .quality import Logits
 
 BATCH_TOKENS = 4096
@@ -95,16 +96,11 @@ def score(logits: Logits, tokenizer: Any, rows: Sequence[Row], *, track: Track =
 
 def _requests(tokenizer: Any, rows: Sequence[Row]) -> list[_Request]:  # noqa: ANN401
     """Context and continuation are tokenized as one text and cut where the context alone would end."""
-
-    def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    requests = []
-    for n, row in enumerate(rows):
-        for option, (context, continuation) in enumerate(row.options):
-            whole = tokens(context + continuation)
-            requests.append(_Request(n, option, whole, min(len(tokens(context)), len(whole) - 1)))
-    return requests
+    return [
+        _Request(n, option, *encode_pair(tokenizer, context, continuation))
+        for n, row in enumerate(rows)
+        for option, (context, continuation) in enumerate(row.options)
+    ]
 
 
 def _batches(requests: Sequence[_Request]) -> list[list[_Request]]:
