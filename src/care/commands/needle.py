@@ -63,7 +63,8 @@ def command(
     json_file: str | None,
 ) -> None:
     """Hide a number in a text and ask MODEL for it."""
-    sizes, places = _numbers(lengths, "--lengths", int), _numbers(depths, "--depths", float)
+    sizes = _numbers(lengths, "--lengths", int, "512,1024")
+    places = _numbers(depths, "--depths", float, "0,0.5,1")
     names = [name for name in (against, model) if name is not None]
     locations = {name: locate(name) for name in names}
     for name, at in locations.items():
@@ -92,12 +93,12 @@ def command(
     emit({"protocol": protocol, "models": records}, json_file, *shown, _summary(records, answers, against))
 
 
-def _numbers(value: str, option: str, kind: type[Number]) -> list[Number]:
+def _numbers(value: str, option: str, kind: type[Number], example: str) -> list[Number]:
     """A comma-separated option, each number once."""
     try:
         return list(dict.fromkeys(kind(part) for part in parse_list(value, option)))
     except ValueError as error:
-        raise InvalidRecipe(f"{option} {value!r} must be numbers such as {kind(1)},{kind(0)}") from error
+        raise InvalidRecipe(f"{option} {value!r} must be numbers such as {example}") from error
 
 
 def _refuse_beyond(name: str, location: Location, longest: int) -> None:
