@@ -4,6 +4,7 @@ import json
 import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ from tokenizers import processors
 from care.errors import BadInput
 from care.evaluation.harness import HarnessScore, harness_scores, load_harness_tasks, run_harness
 from care.evaluation.pairs import encode_pair
-from care.evaluation.tasks import Row, load_task
+from care.evaluation.tasks import TaskScore, load_task, log_probabilities, score
 from care.modeling.loading import Location, load_tokenizer
 from tiny import Case, TinyModels, random_text
-from tolerances import assert_close, assert_numbers
+from tolerances import assert_close
 
 NATIVE = Case("llama-gqa", "best", 0.5, "absorbed", "native")
 ROWS = 24
@@ -69,20 +70,6 @@ def tokenizer_with(bos: bool, tiny: TinyModels) -> Any:
     return tokenizer
 
 
-def likelihoods(model: Any, tokenizer: Any, rows: list[Row]) -> list[list[float]]:
-    """Of every option, in one pass each, by the tokens that our scorer takes."""
-    found = list[list[float]]()
-    for row in rows:
-        found.append([])
-        for context, continuation in row.options:
-            tokens, first = encode_pair(tokenizer, context, continuation)
-            with torch.inference_mode():
-                logits_TV = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].double()
-            logp_TV = logits_TV.log_softmax(-1)
-            found[-1].append(sum(float(logp_TV[t - 1, tokens[t]]) for t in range(first, len(tokens))))
-    return found
-
-
 def harness_likelihoods(result: dict[str, Any], name: str) -> list[list[float]]:
     """The same from the harness' samples."""
     samples = sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
@@ -100,37 +87,38 @@ def test_harness_and_scorer_agree(tiny: TinyModels, tmp_path: Path, bos: bool, c
     official = harness_scores(result)
     for file in files:
         rows = load_task(file)
-        ours, theirs = likelihoods(model, tokenizer, rows), harness_likelihoods(result, file.name)
+        ours, theirs = log_probabilities(model, tokenizer, rows), harness_likelihoods(result, file.name)
         assert [len(row) for row in theirs] == [len(row) for row in ours]
         assert_close(torch.tensor([*chain(*theirs)]), torch.tensor([*chain(*ours)]), "fp32 answers")
-        assert official[file.name] == expected(rows, ours)
+        assert official[file.name] == expected(score(model, tokenizer, rows))
 
 
-def expected(rows: list[Row], likelihoods: list[list[float]]) -> HarnessScore:
-    """Accuracies and standard errors from their definitions."""
-    lengths = [[len(continuation) - 1 for _, continuation in row.options] for row in rows]
-    plain = [max(range(len(ll)), key=ll.__getitem__) == row.gold for ll, row in zip(likelihoods, rows, strict=True)]
-    normed = [
-        max(range(len(ll)), key=lambda i, ll=ll, n=n: ll[i] / n[i]) == row.gold
-        for ll, n, row in zip(likelihoods, lengths, rows, strict=True)
-    ]
-    values = {"acc": sum(plain) / len(rows)} | ({"acc_norm": sum(normed) / len(rows)} if rows[0].normalized else {})
-    errors = {name: pytest.approx((v * (1 - v) / (len(rows) - 1)) ** 0.5) for name, v in values.items()}
-    return HarnessScore(len(rows), "1.0", 0, {k: pytest.approx(v) for k, v in values.items()}, errors)  # type: ignore
+def expected(ours: TaskScore) -> HarnessScore:
+    """What our scorer says, as the harness would."""
+    values, errors = {"acc": ours.acc}, {"acc": ours.acc_error}
+    if ours.acc_norm is not None:
+        values, errors = values | {"acc_norm": ours.acc_norm}, errors | {"acc_norm": ours.acc_norm_error}
+    exactly: Any = lambda found: {name: pytest.approx(value, abs=1e-12) for name, value in found.items()}  # noqa: E731
+    return HarnessScore(ours.rows, "1.0", 0, exactly(values), exactly(errors))
 
 
-def test_scorer_gives_the_harness_figures(tiny: TinyModels, tmp_path: Path) -> None:
-    """With a BOS: without one the two would differ."""
+@pytest.mark.parametrize("bos", [False, True], ids=["no bos", "bos"])
+def test_pairs_are_cut_as_the_harness_cuts_them(tiny: TinyModels, bos: bool) -> None:
+    """Spaces, a BOS that the text brings along or that stands for no context at all, and the tokenizer's habit."""
     installed()
-    from care.evaluation import score
-    from care.modeling.loading import logits
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    model, tokenizer = tiny.source_model("llama-gqa"), tokenizer_with(True, tiny)
-    file = choices_file(tmp_path / "choices.jsonl")
-    ours = score(lambda tokens_BT: logits(model, tokens_BT), tokenizer, load_task(file))
-    theirs = harness_scores(run_harness(model, tokenizer, load_harness_tasks([str(file)])))[file.name]
-    assert_numbers([ours.acc, ours.acc_norm or -1.0], list(theirs.values.values()), "fp64")
-    assert_numbers([ours.acc_error, ours.acc_norm_error or -1.0], [e or -1.0 for e in theirs.errors.values()], "fp64")
+    tokenizer = tokenizer_with(bos, tiny)
+    lm = HFLM(pretrained=tiny.source_model("llama-gqa"), tokenizer=tokenizer, backend="causal")
+    for context, continuation in (("ab", " c"), ("ab  ", " c"), ("<s>ab", " c"), ("a\n", "b"), ("a\n ", " é")):
+        head, tail = lm._encode_pair(context, continuation)
+        assert encode_pair(tokenizer, context, continuation) == ((*head, *tail), len(head))
+    seen = list[Any]()
+    lm._loglikelihood_tokens = lambda requests, **_: seen.extend(requests)
+    lm.loglikelihood([SimpleNamespace(args=("", text), task_name="") for text in (" c", "<s>c")])
+    assert [((*head, *tail), len(head)) for _, head, tail in seen] == [
+        encode_pair(tokenizer, "", text) for text in (" c", "<s>c")
+    ]
 
 
 def test_rows_are_limited_and_every_answer_is_a_step(tiny: TinyModels, tmp_path: Path) -> None:

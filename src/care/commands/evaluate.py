@@ -71,7 +71,7 @@ def command(
     quality = measure(runs, windows_BT, reference=against, skip=skip, track=rich_track)
     cache = {name: live_cache(loaded) for name, loaded in models.items()}
     scores = {
-        name: {path: score(runs[name], tokenizer, asked, track=rich_track, label=f"{path.name} by {name}")
+        name: {path: score(models[name], tokenizer, asked, track=rich_track, label=f"{path.name} by {name}")
                for path, asked in questions.items()}
         for name in names
     }  # fmt: skip

@@ -90,7 +90,7 @@ def command(
         maps = [[_heat(name, found[name], score) for score in DRAWN] for name in names]
         plot_heat(maps, plot, row_label="depth", column_label="tokens")
     shown = [_table(name, found[name], score) for name in names for score in DRAWN]
-    emit({"protocol": protocol, "models": records}, json_file, *shown, _summary(records, answers, against))
+    emit({"protocol": protocol, "models": records}, json_file, *shown, _summary(records))
 
 
 def _numbers(value: str, option: str, kind: type[Number], example: str) -> list[Number]:
@@ -153,10 +153,10 @@ def _heat(name: str, found: Sequence[Cell], score: str) -> HeatMap:
     )
 
 
-def _summary(records: Mapping[str, Any], answers: Mapping[str, Sequence[Answer]], against: str | None) -> Any:  # noqa: ANN401
+def _summary(records: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """Over all lengths and depths, and the model less its reference."""
-    rows = [(name, *_line(records[name]["overall"])) for name in answers]
-    rows += [(f"{name} less {against}", *_line(r["difference"])) for name, r in records.items() if "difference" in r]
+    rows = [(name, *_line(records[name]["overall"])) for name in records]
+    rows += [("difference", *_line(record["difference"])) for record in records.values() if "difference" in record]
     return table("all lengths and depths", ("model", *(f"{s}: {words}" for s, (words, _) in SCORES.items())), rows)
 
 

@@ -3,7 +3,7 @@
 from .cache import CacheUse, live_cache
 from .generation import generate_text
 from .quality import Quality, measure
-from .tasks import Row, TaskScore, load_task, score
+from .tasks import Row, TaskScore, load_task, log_probabilities, score
 
 __all__ = [
     "CacheUse",
@@ -13,6 +13,7 @@ __all__ = [
     "generate_text",
     "live_cache",
     "load_task",
+    "log_probabilities",
     "measure",
     "score",
 ]

@@ -29,6 +29,10 @@ def live_cache(model: Any, num_tokens: int = PROBE_TOKENS) -> CacheUse:  # noqa:
 
 
 def live_layers(output: Any) -> Any:  # noqa: ANN401 - transformers' cache layers
-    """The cache's layers in a model output; transformers 5.24 renamed the field."""
-    held = output["cache"] if "cache" in output else output["past_key_values"]
-    return held.layers
+    """The cache's layers in a model output."""
+    return output[cache_name(output)].layers
+
+
+def cache_name(output: Any) -> str:  # noqa: ANN401
+    """What a model calls its cache, as an output and as an argument; transformers 5.24 renamed it."""
+    return "cache" if "cache" in output else "past_key_values"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..progress import Track, silent
+from .cache import cache_name
 from .haystack import Question
 
 SLACK = 4
@@ -92,7 +93,7 @@ def _answer(name: str, model: Any, tokenizer: Any, question: Question) -> Answer
 
 def _read(model: Any, prompt: Sequence[int]) -> _Read:  # noqa: ANN401
     output = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=True, logits_to_keep=1)
-    name = "cache" if "cache" in output else "past_key_values"  # renamed in transformers 5.24
+    name = cache_name(output)
     return _Read(name, output[name], output.logits[0, -1].float().log_softmax(-1))
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], int]:  # noqa: ANN401
+def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[tuple[int, ...], int]:  # noqa: ANN401
     """Tokens of both together, and how many of them are the context's.
 
     The tokenizer adds its own special tokens (a BOS, where it has the habit) unless the text brings the BOS along.
@@ -15,9 +15,10 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
     continuation = context[len(kept) :] + continuation
     if not kept:
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        tokens = tokenizer(continuation, add_special_tokens=False)["input_ids"]
-        return (tokens, 1) if tokens[0] == start else ([start, *tokens], 1)
+        tokens = tuple(tokenizer(continuation, add_special_tokens=False)["input_ids"])
+        return (tokens if tokens[0] == start else (start, *tokens)), 1
     begun = tokenizer.bos_token and kept.startswith(tokenizer.bos_token)
     habit = {"add_special_tokens": False} if begun else {}
-    whole = tokenizer(kept + continuation, **habit)["input_ids"]
-    return whole, min(len(tokenizer(kept, **habit)["input_ids"]), len(whole) - 1)
+    whole = tuple(tokenizer(kept + continuation, **habit)["input_ids"])
+    # What has nothing before it cannot be predicted, so something always counts as context.
+    return whole, max(min(len(tokenizer(kept, **habit)["input_ids"]), len(whole) - 1), 1)

@@ -17,11 +17,11 @@ from torch import Tensor
 from ..calibration.text import read_text
 from ..errors import BadInput
 from ..progress import Track, silent
+from .cache import cache_name
 from .pairs import encode_pair
-from .quality import Logits
 
 BATCH_TOKENS = 4096
-"""Tokens, padding included, that go through the model at a time."""
+"""Tokens, padding included, that go through the model at a time; one question may be longer."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,25 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class _Request:
+class _Continuation:
+    """One option's tokens behind its context."""
+
     row: int
     option: int
-    tokens: list[int]
-    num_context: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A context and all continuations of it: what it costs is read once."""
+
+    context: tuple[int, ...]
+    continuations: tuple[_Continuation, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest continuation."""
+        return max(len(c.tokens) for c in self.continuations)
 
 
 def load_task(path: Path, limit: int | None = None) -> list[Row]:
@@ -77,60 +91,91 @@ def _row(record: dict[str, Any]) -> Row:
     return Row(options, record["gold"], normalized="contexts" not in record)
 
 
-def score(logits: Logits, tokenizer: Any, rows: Sequence[Row], *, track: Track = silent, label: str = "") -> TaskScore:  # noqa: ANN401
-    """Accuracy of a model on rows; options are run in batches of like length."""
-    requests = sorted(_requests(tokenizer, rows), key=lambda r: len(r.tokens))
-    logp: dict[tuple[int, int], float] = {}
-    with torch.inference_mode():
-        batches = _batches(requests)
-        for batch in track(batches, label=label or "answering", total=len(batches)):
-            for request, value in zip(batch, _log_probabilities(logits, batch), strict=True):
-                logp[request.row, request.option] = value
-    plain = [_answer(logp, n, row, normalized=False) == row.gold for n, row in enumerate(rows)]
+def score(model: Any, tokenizer: Any, rows: Sequence[Row], *, track: Track = silent, label: str = "") -> TaskScore:  # noqa: ANN401
+    """Accuracy of a causal language model on rows."""
+    logp = log_probabilities(model, tokenizer, rows, track=track, label=label)
+    plain = [_answer(found, row, normalized=False) == row.gold for found, row in zip(logp, rows, strict=True)]
     if not all(row.normalized for row in rows):
         return TaskScore(len(rows), *_share(plain), None, None)
-    return TaskScore(
-        len(rows), *_share(plain), *_share([_answer(logp, n, r, normalized=True) == r.gold for n, r in enumerate(rows)])
-    )
+    normed = [_answer(found, row, normalized=True) == row.gold for found, row in zip(logp, rows, strict=True)]
+    return TaskScore(len(rows), *_share(plain), *_share(normed))
 
 
-def _requests(tokenizer: Any, rows: Sequence[Row]) -> list[_Request]:  # noqa: ANN401
-    """Context and continuation are tokenized as one text and cut where the context alone would end."""
-    return [
-        _Request(n, option, *encode_pair(tokenizer, context, continuation))
-        for n, row in enumerate(rows)
-        for option, (context, continuation) in enumerate(row.options)
-    ]
+def log_probabilities(
+    model: Any,  # noqa: ANN401 - a transformers model
+    tokenizer: Any,  # noqa: ANN401
+    rows: Sequence[Row],
+    *,
+    track: Track = silent,
+    label: str = "",
+) -> list[list[float]]:
+    """ln p(continuation | context) of every option of every row; a context is read once for all its continuations."""
+    found = [[0.0] * len(row.options) for row in rows]
+    batches = _batches(_questions(tokenizer, rows))
+    with torch.inference_mode():
+        for batch in track(batches, label=label or "answering", total=len(batches)):
+            for continuation, logp in _answers(model, batch):
+                found[continuation.row][continuation.option] = logp
+    return found
 
 
-def _batches(requests: Sequence[_Request]) -> list[list[_Request]]:
-    batches: list[list[_Request]] = [[]]
-    for request in requests:
-        if batches[-1] and (len(batches[-1]) + 1) * len(request.tokens) > BATCH_TOKENS:
+def _questions(tokenizer: Any, rows: Sequence[Row]) -> list[_Question]:  # noqa: ANN401
+    """Options that have their context's tokens in common, by row."""
+    found: dict[tuple[int, tuple[int, ...]], list[_Continuation]] = {}
+    for n, row in enumerate(rows):
+        for option, (context, continuation) in enumerate(row.options):
+            whole, cut = encode_pair(tokenizer, context, continuation)
+            found.setdefault((n, whole[:cut]), []).append(_Continuation(n, option, whole[cut:]))
+    return [_Question(context, tuple(continuations)) for (_, context), continuations in found.items()]
+
+
+def _batches(questions: Sequence[_Question]) -> list[list[_Question]]:
+    """Questions with contexts of one length, so that only continuations are padded."""
+    batches: list[list[_Question]] = []
+    cost = longest = options = 0
+    for question in sorted(questions, key=lambda q: (len(q.context), q.longest)):
+        same = bool(batches) and len(batches[-1][0].context) == len(question.context)
+        longest, options = max(longest, question.longest), options + len(question.continuations)
+        cost = ((len(batches[-1]) + 1) * len(question.context) + options * longest) if same else 0
+        if not same or cost > BATCH_TOKENS:
             batches.append([])
-        batches[-1].append(request)
+            longest, options = question.longest, len(question.continuations)
+        batches[-1].append(question)
     return batches
 
 
-def _log_probabilities(logits: Logits, batch: Sequence[_Request]) -> list[float]:
-    """Sums over each continuation; padding stands behind, where causal attention does not see it."""
-    longest = max(len(r.tokens) for r in batch)
-    padded_BT = torch.tensor([r.tokens + [r.tokens[-1]] * (longest - len(r.tokens)) for r in batch])
-    logits_BTV = logits(padded_BT)
-    return [_continuation(logits_TV, r) for logits_TV, r in zip(logits_BTV, batch, strict=True)]
+def _answers(model: Any, batch: Sequence[_Question]) -> list[tuple[_Continuation, float]]:  # noqa: ANN401
+    """Every continuation with its sum: contexts into a cache, then all continuations from copies of it."""
+    device = model.device
+    context_BT = torch.tensor([q.context for q in batch], device=device)
+    begun = model(input_ids=context_BT, use_cache=True, logits_to_keep=1)
+    asked = [(n, c) for n, question in enumerate(batch) for c in question.continuations]
+    first_NV = begun.logits[[n for n, _ in asked], -1]
+    longest = max(len(c.tokens) for _, c in asked)
+    if longest == 1:
+        rest = [first_NV[i, None] for i in range(len(asked))]
+    else:
+        name = cache_name(begun)
+        begun[name].batch_select_indices(torch.tensor([n for n, _ in asked], device=device))
+        # Padding stands behind, where causal attention does not see it; the last token predicts nothing that counts.
+        padded = [(c.tokens + c.tokens[-1:] * longest)[: longest - 1] for _, c in asked]
+        padded_NT = torch.tensor(padded, device=device)
+        next_NTV = model(input_ids=padded_NT, use_cache=True, **{name: begun[name]}).logits
+        rest = [torch.cat((first_NV[i, None], next_NTV[i])) for i in range(len(asked))]
+    return [(c, _sum(logits_TV, c.tokens)) for logits_TV, (_, c) in zip(rest, asked, strict=True)]
 
 
-def _continuation(logits_TV: Tensor, request: _Request) -> float:
-    first, last = max(request.num_context, 1), len(request.tokens)
-    labels_T = torch.tensor(request.tokens[first:last], device=logits_TV.device)
-    logp_TV = logits_TV[first - 1 : last - 1].float().log_softmax(-1)
+def _sum(logits_TV: Tensor, tokens: Sequence[int]) -> float:
+    """Log-probability of tokens, the first of which the first logits predict."""
+    labels_T = torch.tensor(tokens, device=logits_TV.device)
+    logp_TV = logits_TV[: len(tokens)].float().log_softmax(-1)
     return float(logp_TV.gather(1, labels_T[:, None]).double().sum())
 
 
-def _answer(logp: dict[tuple[int, int], float], n: int, row: Row, *, normalized: bool) -> int:
+def _answer(logp: Sequence[float], row: Row, *, normalized: bool) -> int:
     # The space before a choice does not count as part of it.
     lengths = [len(continuation) - 1 if normalized else 1 for _, continuation in row.options]
-    scores = [logp[n, option] / max(length, 1) for option, length in enumerate(lengths)]
+    scores = [value / max(length, 1) for value, length in zip(logp, lengths, strict=True)]
     return scores.index(max(scores))
 
 
