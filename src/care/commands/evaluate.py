@@ -10,7 +10,7 @@ import click
 from ..calibration import first_windows, load_text
 from ..conversion import DTYPES
 from ..evaluation import CacheUse, Quality, TaskScore, live_cache, load_task, measure, score
-from ..evaluation.harness import HarnessScore, harness_scores, load_harness_tasks, run_harness
+from ..evaluation.harness import HarnessScore, HarnessTasks, harness_scores, load_harness_tasks, run_harness
 from ..modeling.loading import load_model, load_tokenizer, locate, logits, tokenize
 from .console import (
     HELD_OUT,
@@ -76,14 +76,9 @@ def command(
         for name in names
     }  # fmt: skip
     official = {
-        name: harness_scores(
-            run_harness(
-                loaded, tokenizer, asked_of_harness, rows=harness_rows, track=rich_track, label=f"harness: {name}"
-            )
-        )
-        for name, loaded in (models.items() if asked_of_harness else ())
+        name: _official(name, loaded, tokenizer, asked_of_harness, harness_rows) for name, loaded in models.items()
     }
-    result = {
+    result: dict[str, Any] = {
         "text": text, "window": window, "windows": windows, "skip": skip,
         "models": {
             name: quality_record(quality[name], cache[name])
@@ -103,6 +98,19 @@ def command(
         lines = [row for name in names for task, s in official[name].items() for row in _harness_rows(name, task, s)]
         shown.append(table(f"lm-evaluation-harness {asked_of_harness.version}", HARNESS_COLUMNS, lines))
     emit(result, json_file, *shown)
+
+
+def _official(
+    name: str,
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    tasks: HarnessTasks | None,
+    rows: int | None,
+) -> dict[str, HarnessScore]:
+    """What the harness says of one model; nothing where it was not asked."""
+    if tasks is None:
+        return {}
+    return harness_scores(run_harness(model, tokenizer, tasks, rows=rows, track=rich_track, label=f"harness: {name}"))
 
 
 def _harness_rows(name: str, task: str, s: HarnessScore) -> list[tuple[str, ...]]:

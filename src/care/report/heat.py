@@ -40,8 +40,10 @@ def plot_heat(maps: Sequence[Sequence[HeatMap]], path: Path, *, row_label: str, 
     width, height = 2.0 + 0.9 * len(first.columns), 1.3 + 0.55 * len(first.rows)
     figure = new_figure(max(width, 4.0) * len(maps[0]) + 1.0, height * len(maps))
     grid = figure.subplots(len(maps), len(maps[0]), squeeze=False)
-    for axes_row, maps_row in zip(grid, maps, strict=True):
-        for axes, heat in zip(axes_row, maps_row, strict=True):
-            drawn = draw_heat(axes, heat, row_label=row_label, column_label=column_label)
-    figure.colorbar(drawn, ax=grid, label="share of the trials")
+    drawn = [
+        draw_heat(axes, heat, row_label=row_label, column_label=column_label)
+        for axes_row, maps_row in zip(grid, maps, strict=True)
+        for axes, heat in zip(axes_row, maps_row, strict=True)
+    ]
+    figure.colorbar(drawn[0], ax=grid, label="share of the trials")
     save_png(figure, path)
