@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from care.export import export_gguf
+from care.export.gguf_sentencepiece import BYTE_TOKENS
 from care.export.gguf_tokenizer import LLAMA3_WORDS, PRE_TOKENIZERS, TEKKEN_WORDS
 from llama_process import ask_llama
 from tiny import VOCABULARY, Case, TinyModels, random_tokens
@@ -141,13 +144,41 @@ def greedy_tokenizer(name: str, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def piece_tokenizer(vocabulary: int, *, space_prefix: bool) -> Tokenizer:
+    """SentencePiece's way: whatever two pieces give a piece may be joined, those of the best place first."""
+    letters = ["▁", *"aelortx12'.,", "é", "東"]
+    longer = ["▁a", "el", "lo", "▁▁", "12", "ell", "▁al", "el▁", "▁▁▁▁", "llo", "ello", "1212", "▁x", "東é"]
+    pieces = ["<unk>", "<s>", "</s>", *sorted(BYTE_TOKENS), *letters, *longer]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    assert len(ids) <= vocabulary
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in longer
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps: list[Any] = [normalizers.Prepend("▁")] if space_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+TOKENIZERS: dict[str, Callable[[int], Tokenizer]] = {
+    **{name: partial(greedy_tokenizer, name) for name in PRE_TOKENIZERS},
+    "a space before": partial(piece_tokenizer, space_prefix=True),
+    "no space before": partial(piece_tokenizer, space_prefix=False),
+}
+
+
 @pytest.mark.parametrize("starts", [False, True], ids=["plain", "bos"])
-@pytest.mark.parametrize("name", list(PRE_TOKENIZERS))
+@pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_tokens_are_those_of_transformers(tiny: TinyModels, tmp_path: Path, name: str, starts: bool) -> None:
     checkpoint = shutil.copytree(tiny.converted(CASES[0]), tmp_path / "model")
     vocabulary = 512
     widen_vocabulary(checkpoint, vocabulary)
-    tokenizer = greedy_tokenizer(name, vocabulary)
+    tokenizer = TOKENIZERS[name](vocabulary)
     if starts:
         bos = tokenizer.token_to_id("<s>")
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -155,7 +186,7 @@ def test_tokens_are_those_of_transformers(tiny: TinyModels, tmp_path: Path, name
         )
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.save_pretrained(checkpoint)
-    assert export_gguf(checkpoint, tmp_path / "f.gguf").pre_tokenizer == name
+    assert export_gguf(checkpoint, tmp_path / "f.gguf").pre_tokenizer == (name if name in PRE_TOKENIZERS else "default")
     made = ask_llama(tmp_path / "f.gguf", texts=TEXTS).tokens
     assert made == [wrapped(text)["input_ids"] for text in TEXTS]
 

@@ -47,7 +47,6 @@ UNKNOWN = {
     "a space in front": content({**BYTES, "add_prefix_space": True}),
     "none": content(None),
     "WordPiece": content(BYTES, type="WordPiece"),
-    "SentencePiece": content(BYTES, byte_fallback=True),
     "a normalizer": {**content(BYTES), "normalizer": {"type": "NFC"}},
 }
 

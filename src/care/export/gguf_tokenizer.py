@@ -14,6 +14,7 @@ from gguf import TokenType
 
 from ..checkpoint import read_json
 from ..errors import BadInput, UnsupportedModel
+from .gguf_sentencepiece import BYTE_TOKENS, is_sentencepiece, piece_scores, space_prefix
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA3_WORDS = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,18 +39,26 @@ STEP_ARGUMENTS = {"ByteLevel": "use_regex", "Digits": "individual_digits"}
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """Tokens by id, their kinds, and what llama.cpp does before and after looking them up."""
+    """Tokens by id, their kinds, and what llama.cpp does before and after looking them up.
+
+    A SentencePiece tokenizer has a score for each token and may put a space before a text; others have neither.
+    """
 
     pre: str
     tokens: list[str]
     kinds: list[TokenType]
     special: gguf.SpecialVocab
+    scores: list[float] | None = None
+    space_prefix: bool = False
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         """Everything under tokenizer.* of a GGUF file."""
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("gpt2" if self.scores is None else "llama")
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+            writer.add_add_space_prefix(self.space_prefix)
         writer.add_token_types(self.kinds)
         self.special.add_to_gguf(writer, quiet=True)
 
@@ -60,14 +69,33 @@ def read_tokenizer(directory: Path, vocab_size: int) -> GgufTokenizer:
     if not file.is_file():
         raise BadInput(f"{directory} has no tokenizer.json; save its tokenizer with transformers first")
     content = read_json(file)
+    if is_sentencepiece(content):
+        return _sentencepiece(directory, content, vocab_size)
     pre = pre_tokenizer_name(content)
     tokens, kinds = _tokens(content, vocab_size)
     if not content["model"].get("merges"):
         raise UnsupportedModel(f"the tokenizer of {directory} has no merges, and llama.cpp does not load such a file")
-    special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocab_size)
+    return GgufTokenizer(pre, tokens, kinds, _special(directory, vocab_size, load_merges=True))
+
+
+def _sentencepiece(directory: Path, content: Mapping[str, Any], vocab_size: int) -> GgufTokenizer:
+    """Pieces with their scores; bytes and the unknown token are kinds of their own."""
+    prefix, scores = space_prefix(content), piece_scores(content)
+    tokens, kinds = _tokens(content, vocab_size)
+    for i, token in enumerate(tokens):
+        if token in BYTE_TOKENS:
+            kinds[i] = TokenType.BYTE
+        elif token == content["model"].get("unk_token"):
+            kinds[i] = TokenType.UNKNOWN
+    special = _special(directory, vocab_size, load_merges=False)
+    return GgufTokenizer("default", tokens, kinds, special, [scores.get(token, 0.0) for token in tokens], prefix)
+
+
+def _special(directory: Path, vocab_size: int, *, load_merges: bool) -> gguf.SpecialVocab:
+    special = gguf.SpecialVocab(directory, load_merges=load_merges, n_vocab=vocab_size)
     # llama.cpp's own defaults differ by pre-tokenizer, so both are written out.
     special.add_special_token = {"bos": False, "eos": False} | special.add_special_token
-    return GgufTokenizer(pre, tokens, kinds, special)
+    return special
 
 
 def _tokens(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
@@ -89,9 +117,10 @@ def _tokens(content: Mapping[str, Any], vocab_size: int) -> tuple[list[str], lis
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     """llama.cpp's name for a byte-level BPE tokenizer's way of splitting text."""
     model = content["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback") or content.get("normalizer"):
+    if model.get("type") != "BPE" or content.get("normalizer"):
         raise UnsupportedModel(
-            f"only byte-level BPE tokenizers without a normalizer are exported, not {model.get('type')}"
+            "only SentencePiece and byte-level BPE tokenizers without a normalizer are exported, "
+            f"not {model.get('type')}"
         )
     found = (_steps(content.get("pre_tokenizer") or {}), bool(model.get("ignore_merges")))
     for name, known in PRE_TOKENIZERS.items():

@@ -27,7 +27,7 @@ class HealingRequest:
     trained: Trained = "attention"
     lora_rank: int = 16
     objective: Objective = CE_AND_KL
-    rate: float = 4e-3
+    rate: float = 7e-4
     batch: int = 4
     length: int = 512
     together: int = 2
