@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from tokenizers import processors
 
+from care.commands.evaluate import command
 from care.errors import BadInput
 from care.evaluation.harness import HarnessScore, harness_scores, load_harness_tasks, run_harness
 from care.evaluation.pairs import encode_pair
 from care.evaluation.tasks import TaskScore, load_task, log_probabilities, score
 from care.modeling.loading import Location, load_tokenizer
 from tiny import Case, TinyModels, random_text
-from tolerances import assert_close
+from tolerances import assert_close, assert_numbers
 
 NATIVE = Case("llama-gqa", "best", 0.5, "absorbed", "native")
 ROWS = 24
@@ -183,3 +185,21 @@ def test_metrics_are_read_apart() -> None:
         "a": HarnessScore(4, "1.0", 0, {"acc": 0.25, "acc_norm": 1.0}, {"acc": 0.2, "acc_norm": None}),
         "b": HarnessScore(5, None, 5, {"f1,best": 0.75}, {"f1,best": 0.3}),
     }
+
+
+def test_eval_reports_metrics_apart(tiny: TinyModels, tmp_path: Path) -> None:
+    """In the table one row a metric; in the JSON with the harness' version, for both models."""
+    harness, file = installed(), choices_file(tmp_path / "choices.jsonl")
+    source, out = str(tiny.directory("llama-gqa")), str(tiny.converted(NATIVE))
+    options = ["--text", str(tiny.text_file), "--window", "32", "--windows", "1", "--tasks", str(file)]
+    asked = ["--harness", str(file), "--harness-rows", str(ROWS), "--json", str(tmp_path / "eval.json")]
+    ended = CliRunner().invoke(command, [out, "--against", source, *options, *asked], catch_exceptions=False)
+    assert ended.exit_code == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["harness"] == {"lm_eval_version": harness.__version__, "rows": ROWS}
+    for name in (source, out):
+        ours, theirs = (
+            result["models"][name]["tasks"]["choices.jsonl"],
+            result["models"][name]["harness"]["choices.jsonl"],
+        )
+        assert_numbers([theirs["values"][m] for m in ("acc", "acc_norm")], [ours["acc"], ours["acc_norm"]], "fp64")
