@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor
 
 from care.errors import BadInput, InvalidRecipe
@@ -153,6 +154,9 @@ def test_a_chat_template_is_used_with_its_own_special_tokens(tiny: TinyModels) -
     """Its BOS is not doubled, and the answer is begun in the model's turn."""
     tokenizer = load_tokenizer(Location(tiny.directory("llama-gqa")))
     tokenizer.chat_template = TEMPLATE
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     (question,) = ask(tokenizer, cut(TEXT, tokenizer), [700], [0.0], 1, seed=3)
     said = tokenizer.decode(question.prompt)
     assert re.fullmatch(
