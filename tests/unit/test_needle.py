@@ -138,7 +138,19 @@ def test_prompts_fill_their_length_and_differ_in_depth_alone() -> None:
         haystacks.setdefault((q.length, q.trial), set()).add((body.replace(needle.strip(), "").strip(), q.answer))
     rests = {key: {(rest.replace("  ", " "), answer) for rest, answer in found} for key, found in haystacks.items()}
     assert all(len(found) == 1 for found in rests.values())
-    assert len(set().union(*rests.values())) == 6
+    assert len({q.answer for q in questions}) == 6
+
+
+class Swelling(Characters):
+    """A tokenizer that has more tokens for a text than for its sentences."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        return super().__call__("+" * (len(text) // 50) + text, add_special_tokens=add_special_tokens)
+
+
+def test_prompts_fit_whatever_the_tokenizer_makes_of_them() -> None:
+    for q in ask(Swelling(), cut(TEXT, Swelling()), [800, 1600], DEPTHS, 3, seed=7):
+        assert q.length - 2 * max(map(len, SENTENCES)) < len(q.prompt) + len(q.answers[0]) <= q.length
 
 
 def test_answers_are_numbers_of_one_form() -> None:
