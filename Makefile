@@ -9,8 +9,9 @@ CARE_SOURCES := src tests benchmarks examples
 LLAMA_VENV := .venv-llama
 VLLM_VENV := .venv-vllm
 TRITON := .triton
+HARNESS_VENV := .venv-harness
 
-.PHONY: setup demo test engines-llama engines-vllm test-kernels check format clean
+.PHONY: setup demo test engines-llama engines-vllm test-harness test-kernels check format clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,17 @@ $(VLLM_VENV)/.installed:
 engines-vllm: $(STAMP) $(VLLM_VENV)/.installed
 	$(VENV)/bin/python -m pytest -rs tests/engines/test_vllm.py
 
+# The lm-evaluation-harness and what it needs is 640 MB, hence apart, in an environment that sees the other's packages.
+$(HARNESS_VENV)/.installed:
+	test -x $(HARNESS_VENV)/bin/python || $(PYTHON) -m venv $(HARNESS_VENV)
+	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(HARNESS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/care.pth"
+	$(HARNESS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check lm-eval==0.4.13
+	touch $@
+
+test-harness: $(STAMP) $(HARNESS_VENV)/.installed
+	$(HARNESS_VENV)/bin/python -m pytest -rs tests/unit/test_harness.py
+
 # Triton is 272 MB packed and 1 GB unpacked, hence apart. Where there is a GPU: pytest tests/kernels.
 $(TRITON)/.installed:
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRITON) triton==3.9.0
@@ -70,4 +82,4 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix $(CARE_SOURCES)
 
 clean:
-	rm -rf $(VENV) $(LLAMA_VENV) $(VLLM_VENV) $(TRITON) demo-out
+	rm -rf $(VENV) $(LLAMA_VENV) $(VLLM_VENV) $(HARNESS_VENV) $(TRITON) demo-out

@@ -57,7 +57,7 @@ def healed(
 ) -> tuple[Path, dict[str, Any]]:
     """A model, healed in DIR, and its report."""
     out = options.directory / f"{model.name}-healed-{options.tokens or options.minutes}"
-    asked = {
+    asked: dict[str, Any] = {
         "minutes": options.minutes, "tokens": options.tokens, "rate": options.rate, "batch": options.batch,
         "length": options.length, "together": options.together, "precision": options.precision,
         "objective": Objective(beta=options.beta), **(more or {}),

@@ -29,6 +29,9 @@ TOLERANCES = {
     "fp32 refit": Tolerance(1e-3, 1e-3, "least squares on fp32 products, conditioned like the 100 tokens of the test"),
     "fp32 logits": Tolerance(1e-4, 0.0, "three layers in fp32, logits of size 1-10, weights rounded once to fp32"),
     "fp32 nats": Tolerance(1e-5, 0.0, "means of fp32 log-probabilities of size 1-10"),
+    "fp32 answers": Tolerance(
+        1e-3, 1e-5, "eight fp32 log-probabilities of logits to 1e-4 each, deepseek ones among them"
+    ),
     "deepseek logits": Tolerance(
         2e-4, 1e-5, "fp32 logits, plus a latent norm that is linear up to 5e-7 (half of LATENT_HEADROOM)"
     ),

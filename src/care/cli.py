@@ -17,6 +17,7 @@ COMMANDS = {
     "calibrate": "calibrate",
     "convert": "convert",
     "eval": "evaluate",
+    "needle": "needle",
     "compare": "compare",
     "heal": "heal",
     "generate": "generate",

@@ -102,8 +102,11 @@ def _with_more(needs: frozenset[str]) -> list[frozenset[str]]:
 
 
 def _parsed(row: Mapping[str, Any]) -> Row:
-    quality = {**row["quality"], "buckets": tuple(Bucket(**bucket) for bucket in row["quality"]["buckets"])}
-    return Row(Quality(**quality), CacheUse(**row["cache"]), row["made"] and _made(**row["made"]))
+    return Row(_quality(**row["quality"]), CacheUse(**row["cache"]), row["made"] and _made(**row["made"]))
+
+
+def _quality(buckets: list[dict[str, Any]], **means: Any) -> Quality:  # noqa: ANN401 - from JSON
+    return Quality(**means, buckets=tuple(Bucket(**bucket) for bucket in buckets))
 
 
 def _made(calibration: dict[str, Any] | None, **facts: Any) -> Made:  # noqa: ANN401 - from JSON

@@ -17,7 +17,11 @@ OPTIONS = {
         "--dry-run", "--dtype", "--device", "--json",
     ],
     "eval": [
-        "model", "--against", *TEXT, "--bits-per-byte", "--by-position", "--tasks", "--rows", "--dtype", "--device",
+        "model", "--against", *TEXT, "--bits-per-byte", "--by-position", "--tasks", "--rows", "--harness",
+        "--harness-rows", "--dtype", "--device", "--json",
+    ],
+    "needle": [
+        "model", "--against", "--text", "--lengths", "--depths", "--trials", "--seed", "--plot", "--dtype", "--device",
         "--json",
     ],
     "compare": [

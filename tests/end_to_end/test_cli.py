@@ -646,6 +646,59 @@ def test_export(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
     assert_refused(care_main("export", model, outside), "cannot write", outside, worked=True)
 
 
+def test_needle(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
+    """Tables, JSON with protocol and errors, and a picture; source and conversion are asked the same."""
+    pytest.importorskip("matplotlib")
+    source, picture, file = tiny.directory("llama-gqa"), tmp_path / "needle.png", tmp_path / "needle.json"
+    out = tiny.converted(Case("llama-gqa", "best", 0.5, "absorbed", "native"))
+    options = ("--lengths", "230,250", "--depths", "0,1", "--trials", "3", "--plot", picture, "--json", file)
+    outcome = care_main("needle", out, "--against", source, *options)
+    assert outcome.code == 0, outcome.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    result = json.loads(file.read_text())
+    protocol = result["protocol"]
+    assert (protocol["lengths"], protocol["depths"], protocol["trials"]) == ([230, 250], [0.0, 1.0], 3)
+    first, second = (result["models"][str(name)] for name in (source, out))
+    keys = ("length", "depth", "trial", "answer")
+    assert [[a[k] for k in keys] for a in first["answers"]] == [[a[k] for k in keys] for a in second["answers"]]
+    for model in (first, second):
+        assert [(c["length"], c["depth"], c["trials"]) for c in model["cells"]] == [
+            (230, 0.0, 3), (230, 1.0, 3), (250, 0.0, 3), (250, 1.0, 3),
+        ]  # fmt: skip
+        nats = [a["nats"] for a in model["answers"]]
+        assert_numbers(model["overall"]["nats"]["value"], sum(nats) / len(nats), "fp64 sums")
+    told = second["overall"]["nats"]["value"] - first["overall"]["nats"]["value"]
+    assert_numbers(second["difference"]["nats"]["value"], told, "fp64 sums")
+    (line,) = [line for line in outcome.stdout.splitlines() if "difference" in line]
+    assert f"{told:.2f} ± " in line
+    cell = first["cells"][1]["choice"]
+    assert f"{cell['value']:.0%} ± {cell['error']:.0%}" in outcome.stdout
+
+
+NEEDLES: dict[str, tuple[list[str], str]] = {
+    "beyond the positions": (["--lengths", "200,300"], "--lengths 300 is beyond the 256 positions of"),
+    "not a number": (["--lengths", "2k"], "--lengths '2k' must be numbers such as 512,1024"),
+    "no depth": (["--depths", "2", "--lengths", "250"], "--depths 2 is not a share of the haystack"),
+    "no room": (["--lengths", "150"], "--lengths 150: fact, question and answer alone are"),
+    "not a number either": (["--depths", "half"], "--depths 'half' must be numbers such as 0,0.5,1"),
+}
+
+
+@pytest.mark.parametrize("name", list(NEEDLES))
+def test_needles_that_cannot_be_hidden(tiny: TinyModels, care_main: Run, tmp_path: Path, name: str) -> None:
+    options, words = NEEDLES[name]
+    assert_refused(care_main("needle", tiny.directory("llama-gqa"), *options), words, tmp_path / "absent")
+
+
+def test_harness_without_its_package(
+    tiny: TinyModels, care_main: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line before any work, which names the extra."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    outcome = care_main("eval", tiny.directory("llama-gqa"), "--harness", "arc_easy")
+    assert_refused(outcome, "--harness needs lm-eval; pip install 'care-mla[eval]'", tmp_path / "absent")
+
+
 def test_inspect_says_which_engine(tiny: TinyModels, care_main: Run) -> None:
     model = tiny.converted(Case("llama-gqa", "care-mla", 0.5, "absorbed", "deepseek"))
     assert care_main("inspect", model, "--json", "-").json["engines"]["llama.cpp"] == "yes"

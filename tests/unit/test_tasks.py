@@ -30,10 +30,11 @@ CONVERTED = {
 
 
 class Characters:
-    """A tokenizer with one token a character."""
+    """A tokenizer with one token a character and no special ones."""
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
+    bos_token = None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 
 

@@ -91,8 +91,7 @@ def _require(tokens_T: Tensor, length: int, count: int, name: str) -> None:
         raise BadInput(f"{count} windows of {length} tokens; need at least 1 window of 2 tokens")
     if len(tokens_T) < length:
         raise BadInput(
-            f"{name} has {len(tokens_T)} tokens, less than one window of {length}; "
-            "use a longer text or shorter windows"
+            f"{name} has {len(tokens_T)} tokens, less than one window of {length}; use a longer text or shorter windows"
         )
     if len(tokens_T) < length * count:
         raise BadInput(

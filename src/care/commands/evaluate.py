@@ -28,6 +28,7 @@ from ..evaluation import (
     predicted_bytes,
     score,
 )
+from ..evaluation.harness import HarnessScore, HarnessTasks, harness_scores, load_harness_tasks, run_harness
 from ..modeling.loading import load_model, load_tokenizer, locate, logits, tokenize
 from .console import (
     HELD_OUT,
@@ -42,6 +43,7 @@ from .console import (
     working,
 )
 
+HARNESS_COLUMNS = ("model", "task", "rows", "metric", "value", "± se")
 TASK_COLUMNS = ("model", "task", "rows", "acc", "± se", "acc_norm", "± se")
 COLUMNS = ("model", "perplexity", "KL", "top-1", "cache B/token", "s")
 POSITION_COLUMNS = ("model", "position", "predictions", "perplexity", "KL", "top-1")
@@ -65,6 +67,8 @@ NEAR = 0.5
 @click.option("--by-position", is_flag=True, help="Show perplexity, KL and top-1 by position in the window too.")
 @click.option("--tasks", help="Comma-separated .jsonl(.gz) files of multiple-choice rows: adds acc and acc_norm.")
 @click.option("--rows", default=500, show_default=True, help="Rows of each task, from its start.")
+@click.option("--harness", help="Comma-separated tasks of the lm-evaluation-harness, or .jsonl(.gz) files for it.")
+@click.option("--harness-rows", type=int, help="Rows of each of these, from its start; default: all.")
 @dtype_option
 @device_option
 @json_option
@@ -79,6 +83,8 @@ def command(
     by_position: bool,
     tasks: str | None,
     rows: int,
+    harness: str | None,
+    harness_rows: int | None,
     dtype: str | None,
     device: str,
     json_file: str | None,
@@ -87,6 +93,7 @@ def command(
     if across and by_position:
         raise InvalidRecipe("--by-position counts positions in one tokenizer's tokens; leave out --bits-per-byte")
     questions = {path: load_task(path, rows) for path in _task_files(tasks)}
+    asked_of_harness = load_harness_tasks(parse_list(harness, "--harness")) if harness else None
     names = [name for name in (against, model) if name is not None]
     locations = {name: locate(name) for name in names}
     tokenizers = {name: load_tokenizer(at) for name, at in locations.items()}
@@ -115,17 +122,27 @@ def command(
                for path, asked in questions.items()}
         for name in names
     }  # fmt: skip
-    result = {
+    official = {
+        name: _official(name, loaded, tokenizers[name], asked_of_harness, harness_rows)
+        for name, loaded in models.items()
+    }
+    result: dict[str, Any] = {
         "text": text, "window": window, "windows": windows, "skip": skip,
         "models": {
             name: records[name]
             | ({"tasks": {path.name: asdict(s) for path, s in scores[name].items()}} if tasks else {})
+            | ({"harness": {task: asdict(s) for task, s in official[name].items()}} if harness else {})
             for name in names
         },
     }  # fmt: skip
+    if asked_of_harness:
+        result["harness"] = {"lm_eval_version": asked_of_harness.version, "rows": harness_rows}
     if tasks:
         answers = [(name, path.name, *_task_row(s)) for name in names for path, s in scores[name].items()]
         shown.append(table("tasks", TASK_COLUMNS, answers))
+    if asked_of_harness:
+        lines = [row for name in names for task, s in official[name].items() for row in _harness_rows(name, task, s)]
+        shown.append(table(f"lm-evaluation-harness {asked_of_harness.version}", HARNESS_COLUMNS, lines))
     emit(result, json_file, *shown)
 
 
@@ -190,6 +207,25 @@ def _position_table(quality: Mapping[str, Quality]) -> Any:  # noqa: ANN401 - a 
         for name, q in quality.items() for b in q.buckets
     ]  # fmt: skip
     return table("by position in the window", POSITION_COLUMNS, rows)
+
+
+def _official(
+    name: str,
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    tasks: HarnessTasks | None,
+    rows: int | None,
+) -> dict[str, HarnessScore]:
+    """What the harness says of one model; nothing where it was not asked."""
+    if tasks is None:
+        return {}
+    return harness_scores(run_harness(model, tokenizer, tasks, rows=rows, track=rich_track, label=f"harness: {name}"))
+
+
+def _harness_rows(name: str, task: str, s: HarnessScore) -> list[tuple[str, ...]]:
+    """One row a metric: they are never mixed."""
+    errors = {metric: "-" if error is None else f"{error:.4f}" for metric, error in s.errors.items()}
+    return [(name, task, str(s.rows), metric, f"{value:.4f}", errors[metric]) for metric, value in s.values.items()]
 
 
 def _task_row(s: TaskScore) -> tuple[str, ...]:

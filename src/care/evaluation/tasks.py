@@ -18,6 +18,7 @@ from ..calibration.text import read_text
 from ..errors import BadInput
 from ..progress import Track, silent
 from .cache import cache_name
+from .pairs import encode_pair
 
 BATCH_TOKENS = 4096
 """Tokens, padding included, that go through the model at a time; one question may be longer."""
@@ -119,17 +120,11 @@ def log_probabilities(
 
 
 def _questions(tokenizer: Any, rows: Sequence[Row]) -> list[_Question]:  # noqa: ANN401
-    """Context and continuation are tokenized as one text and cut where the context alone would end."""
-
-    def tokens(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
+    """Options that have their context's tokens in common, by row."""
     found: dict[tuple[int, tuple[int, ...]], list[_Continuation]] = {}
     for n, row in enumerate(rows):
         for option, (context, continuation) in enumerate(row.options):
-            whole = tokens(context + continuation)
-            # What has nothing before it cannot be predicted, so something always counts as context.
-            cut = max(min(len(tokens(context)), len(whole) - 1), 1)
+            whole, cut = encode_pair(tokenizer, context, continuation)
             found.setdefault((n, whole[:cut]), []).append(_Continuation(n, option, whole[cut:]))
     return [_Question(context, tuple(continuations)) for (_, context), continuations in found.items()]
 
