@@ -191,7 +191,8 @@ def _write(plan: Plan, writer: CheckpointWriter, track: Track) -> Report:
     notes = writer.notes()[:num_layers]
     report = make_report(plan, [LayerReport(**note["report"]) for note in notes], time.perf_counter() - start)
     if is_main():
-        writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
+        if not writer.has_shard(num_layers + 1):
+            writer.write_shard(num_layers + 1, _carried(plan, carried[None]))
         with writing(writer.out_dir):
             source.copy_side_files(writer.result)
         tables = [tuple(note["rope"]) for note in notes]
