@@ -1,12 +1,15 @@
 """The README's tables from the JSON of `care compare`: one per text, then ours beside the best published recipe.
 
-Usage: python benchmarks/table.py compare.json [compare.json ...]
+python benchmarks/table.py compare.json [compare.json ...] [--plot FILE.png] [--only TEXT]
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from care.commands.front import points
+from care.report.pictures import pareto_figure, save_png
 
 HEAD = ("recipe", "mode", "cache kept", "perplexity", "excess", "KL", "top-1", "cache bytes/token")
 RATIOS = ("source, text", "cache kept", "mode", "best published", "its excess", "ours", "excess", "ratio")
@@ -66,17 +69,44 @@ def print_ratios(name: str, table: dict[str, Any]) -> None:
             )))  # fmt: skip
 
 
-def main(paths: list[Path]) -> None:
-    """Print all tables."""
-    results = [json.loads(path.read_text()) for path in paths]
+def panels(results: list[dict[str, Any]], only: str | None) -> list[dict[str, Any]]:
+    """What is drawn: a panel for each source and text, or for each source on one text."""
+    return [
+        {**point, "text": title(result, text)}
+        for result in results
+        for text, table in result["texts"].items()
+        if only in (None, Path(text).name)
+        for point in points(text, table)
+    ]
+
+
+def title(result: dict[str, Any], text: str) -> str:
+    """Source and text, without where they lie."""
+    return f"{Path(result['protocol']['source']).name}, {Path(text).name}"
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="compare.json")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw cache kept against perplexity as well")
+    parser.add_argument("--only", metavar="TEXT", help="draw this text alone, by the name of its file")
+    return parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> None:
+    """Print all tables, and draw."""
+    results = [json.loads(path.read_text()) for path in options.results]
     for result in results:
         for text, table in result["texts"].items():
             print_text(text, table)
     print(f"\n{head(RATIOS, 1)}")
     for result in results:
         for text, table in result["texts"].items():
-            print_ratios(f"{Path(result['protocol']['source']).name}, {Path(text).name}", table)
+            print_ratios(title(result, text), table)
+    if options.plot is not None:
+        save_png(pareto_figure(panels(results, options.only)), options.plot)
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    main(parse())
