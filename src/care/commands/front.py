@@ -76,7 +76,7 @@ def fronts_text(text: str, record: Record) -> str:
         f"  {'source':<{width}} {1:>7.1%} {record['source']['perplexity']:>12,.2f}",
     ]
     for name, (row, mark) in zip(names, marked, strict=True):
-        bar = "\u2588" * math.ceil(BAR_WIDTH * max(row["excess"], 0.0) / most) if most > 0 else ""
+        bar = "\u2588" * math.ceil(BAR_WIDTH * max(round(row["excess"], 3), 0.0) / most) if most > 0 else ""
         lines.append(f"{mark:<1} {name:<{width}} {_kept(record, row):>7.1%} {row['perplexity']:>12,.2f} {bar}".rstrip())
     explained = f"{OF_ALL} on the front: no other row has as little cache and a lower perplexity"
     lines.append(explained + (f"; {OF_MODE} on that of its mode" if len(record["pareto_by_mode"]) > 1 else ""))
