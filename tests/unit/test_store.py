@@ -78,7 +78,7 @@ def test_texts_that_cannot_be_mixed_are_named(
         (CalibrationRequest(text, also=(str(saved[1]),)), "saved statistics cannot be mixed"),
         (CalibrationRequest(text, 8, WINDOW, also=(text,)), "the same text is given twice"),
         (CalibrationRequest(text, 1, WINDOW, also=(str(short),)), "1 windows cannot be taken of 2 texts"),
-        (CalibrationRequest(text, 8, WINDOW, also=(str(short),)), "short.txt has 9 tokens, 4 windows of 32 need 128"),
+        (CalibrationRequest(text, 8, WINDOW, also=(str(short),)), "short.txt has 9 tokens, less than one window of 32"),
     ):
         with pytest.raises(BadInput, match=words):
             calibrate(source, request)
