@@ -28,7 +28,7 @@ from care.calibration.streams import BATCH_TOKENS
 from care.source import Source
 
 DEFAULT_ROUNDS = 3
-REQUEST = {"num_windows": 128, "window": 256, "seed": 42}
+REQUEST: dict[str, Any] = {"num_windows": 128, "window": 256, "seed": 42}
 KV_BUDGET = 0.5
 BASELINE, OURS = "care-u", "best"
 
