@@ -68,7 +68,7 @@ def fronts_text(text: str, record: Record) -> str:
     """One line per row, cache from large to small: what is kept, the perplexity, and a bar as long as what is lost."""
     marked = [(row, mark) for row, mark in zip(record["rows"], marks(record), strict=True) if "refused" not in row]
     marked.sort(key=lambda pair: (-_kept(record, pair[0]), pair[0]["perplexity"]))
-    most = max((row["excess"] for row, _ in marked), default=0.0)
+    most = round(max((row["excess"] for row, _ in marked), default=0.0), 3)
     names = [f"{row['recipe']} {row['kv_budget']:g} ({row['mode']})" for row, _ in marked]
     width = max(map(len, ("source", *names)))
     lines = [
