@@ -24,12 +24,12 @@ from .console import (
     json_option,
     parse_budgets,
     parse_list,
+    plot_option,
     rich_track,
     say,
     table,
     window_options,
     working,
-    writable,
 )
 from .evaluate import COLUMNS, quality_record, quality_row
 from .front import fronts, fronts_text, marks, points
@@ -53,7 +53,7 @@ from .front import fronts, fronts_text, marks, points
     type=click.Path(path_type=Path, file_okay=False),
     help="Keep statistics and finished rows in DIR; the same command, after a stop, goes on from there.",
 )
-@click.option("--plot", metavar="FILE.png", callback=writable, help="Draw cache kept against perplexity as PNG.")
+@plot_option("Draw cache kept against perplexity as PNG.")
 @device_option
 @json_option
 def command(

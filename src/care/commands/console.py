@@ -40,6 +40,11 @@ def writable(_context: click.Context, _parameter: click.Parameter, value: str | 
     return value
 
 
+def plot_option(about: str) -> Callable[[Decorated], Decorated]:
+    """A picture to draw."""
+    return click.option("--plot", metavar="FILE.png", callback=writable, help=about)
+
+
 json_option = click.option(
     "--json", "json_file", metavar="FILE", callback=writable, help="Write the result as JSON; - is stdout."
 )

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from ..calibration import first_windows, load_text
-from ..conversion import DTYPES
 from ..errors import BadInput, InvalidRecipe
 from ..evaluation import (
     BitsPerByte,
     Bucket,
     CacheUse,
     Quality,
+    Row,
     TaskScore,
     bits_per_byte,
     common_spans,
@@ -29,7 +29,7 @@ from ..evaluation import (
     score,
 )
 from ..evaluation.harness import HarnessScore, HarnessTasks, harness_scores, load_harness_tasks, run_harness
-from ..modeling.loading import load_model, load_tokenizer, locate, logits, tokenize
+from ..modeling.loading import load_tokenizer, locate, logits, tokenize
 from .console import (
     HELD_OUT,
     device_option,
@@ -40,8 +40,8 @@ from .console import (
     rich_track,
     table,
     window_options,
-    working,
 )
+from .models import load_models
 
 HARNESS_COLUMNS = ("model", "task", "rows", "metric", "value", "± se")
 TASK_COLUMNS = ("model", "task", "rows", "acc", "± se", "acc_norm", "± se")
@@ -103,9 +103,7 @@ def command(
     else:
         _refuse_other("tokenizer", {name: t.get_vocab() for name, t in tokenizers.items()})
         spans, windows_BT = {}, first_windows(tokenize(tokenizers[names[0]], content), window, windows)
-    with working("loading " + " and ".join(names)):
-        wanted = DTYPES[dtype or "float32"]
-        models = {name: load_model(at, dtype=wanted, device=device) for name, at in locations.items()}
+    models = load_models(locations, dtype, device)
     runs = {name: partial(logits, loaded) for name, loaded in models.items()}
     cache = {name: live_cache(loaded) for name, loaded in models.items()}
     title = f"{text}: {windows} windows of {window} tokens"
@@ -117,33 +115,15 @@ def command(
         quality = measure(runs, windows_BT, reference=against, skip=skip, track=rich_track)
         records, shown = _by_tokens(quality, num_bytes, cache, title)
         shown += [_position_table(quality)] if by_position else []
-    scores = {
-        name: {path: score(models[name], tokenizers[name], asked, track=rich_track, label=f"{path.name} by {name}")
-               for path, asked in questions.items()}
-        for name in names
-    }  # fmt: skip
-    official = {
-        name: _official(name, loaded, tokenizers[name], asked_of_harness, harness_rows)
-        for name, loaded in models.items()
-    }
+    answered, answers = _answer_tasks(models, tokenizers, questions)
+    official, verdicts = _run_harness(models, tokenizers, asked_of_harness, harness_rows)
     result: dict[str, Any] = {
         "text": text, "window": window, "windows": windows, "skip": skip,
-        "models": {
-            name: records[name]
-            | ({"tasks": {path.name: asdict(s) for path, s in scores[name].items()}} if tasks else {})
-            | ({"harness": {task: asdict(s) for task, s in official[name].items()}} if harness else {})
-            for name in names
-        },
+        "models": {name: records[name] | answered.get(name, {}) | official.get(name, {}) for name in names},
     }  # fmt: skip
     if asked_of_harness:
         result["harness"] = {"lm_eval_version": asked_of_harness.version, "rows": harness_rows}
-    if tasks:
-        answers = [(name, path.name, *_task_row(s)) for name in names for path, s in scores[name].items()]
-        shown.append(table("tasks", TASK_COLUMNS, answers))
-    if asked_of_harness:
-        lines = [row for name in names for task, s in official[name].items() for row in _harness_rows(name, task, s)]
-        shown.append(table(f"lm-evaluation-harness {asked_of_harness.version}", HARNESS_COLUMNS, lines))
-    emit(result, json_file, *shown)
+    emit(result, json_file, *shown, *answers, *verdicts)
 
 
 def _task_files(tasks: str | None) -> list[Path]:
@@ -209,17 +189,37 @@ def _position_table(quality: Mapping[str, Quality]) -> Any:  # noqa: ANN401 - a 
     return table("by position in the window", POSITION_COLUMNS, rows)
 
 
-def _official(
-    name: str,
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
-    tasks: HarnessTasks | None,
-    rows: int | None,
-) -> dict[str, HarnessScore]:
-    """What the harness says of one model; nothing where it was not asked."""
+def _answer_tasks(
+    models: Mapping[str, Any], tokenizers: Mapping[str, Any], questions: Mapping[Path, Sequence[Row]]
+) -> tuple[dict[str, dict[str, Any]], list[Any]]:
+    """Records and table of multiple choice; nothing where no file was named."""
+    if not questions:
+        return {}, []
+    scores = {
+        name: {path.name: score(model, tokenizers[name], asked, track=rich_track, label=f"{path.name} by {name}")
+               for path, asked in questions.items()}
+        for name, model in models.items()
+    }  # fmt: skip
+    rows = [(name, task, *_task_row(s)) for name, found in scores.items() for task, s in found.items()]
+    records = {name: {"tasks": {task: asdict(s) for task, s in found.items()}} for name, found in scores.items()}
+    return records, [table("tasks", TASK_COLUMNS, rows)]
+
+
+def _run_harness(
+    models: Mapping[str, Any], tokenizers: Mapping[str, Any], tasks: HarnessTasks | None, limit: int | None
+) -> tuple[dict[str, dict[str, Any]], list[Any]]:
+    """Records and table of the harness; nothing where it was not asked."""
     if tasks is None:
-        return {}
-    return harness_scores(run_harness(model, tokenizer, tasks, rows=rows, track=rich_track, label=f"harness: {name}"))
+        return {}, []
+    scores = {
+        name: harness_scores(
+            run_harness(model, tokenizers[name], tasks, rows=limit, track=rich_track, label=f"harness: {name}")
+        )
+        for name, model in models.items()
+    }
+    rows = [row for name, found in scores.items() for task, s in found.items() for row in _harness_rows(name, task, s)]
+    records = {name: {"harness": {task: asdict(s) for task, s in found.items()}} for name, found in scores.items()}
+    return records, [table(f"lm-evaluation-harness {tasks.version}", HARNESS_COLUMNS, rows)]
 
 
 def _harness_rows(name: str, task: str, s: HarnessScore) -> list[tuple[str, ...]]:

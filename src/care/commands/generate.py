@@ -2,10 +2,10 @@
 
 import click
 
-from ..conversion import DTYPES
 from ..evaluation import generate_text
-from ..modeling.loading import load_model, load_tokenizer, locate
-from .console import device_option, dtype_option, emit, json_option, working
+from ..modeling.loading import load_tokenizer, locate
+from .console import device_option, dtype_option, emit, json_option
+from .models import load_models
 
 
 @click.command()
@@ -27,8 +27,6 @@ def command(
 ) -> None:
     """Continue PROMPT greedily with MODEL."""
     location = locate(model)
-    with working(f"loading {model}"):
-        loaded = load_model(location, dtype=DTYPES[dtype or "float32"], device=device)
-        tokenizer = load_tokenizer(location)
-    text = generate_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
+    loaded = load_models({model: location}, dtype, device)[model]
+    text = generate_text(loaded, load_tokenizer(location), prompt, max_new_tokens=max_new_tokens, chat=chat)
     emit({"model": model, "prompt": prompt, "text": text}, json_file, text)

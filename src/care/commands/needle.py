@@ -8,11 +8,10 @@ from typing import Any, TypeVar
 import click
 
 from ..calibration import load_text
-from ..conversion import DTYPES
 from ..errors import InvalidRecipe
 from ..evaluation.haystack import DIGITS, WRONG_ANSWERS, ask, cut
 from ..evaluation.needle import Answer, Cell, Mean, cells, difference, find_needles, overall
-from ..modeling.loading import Location, load_config, load_model, load_tokenizer, locate
+from ..modeling.loading import Location, load_config, load_tokenizer, locate
 from ..report.heat import HeatMap, plot_heat
 from .console import (
     HELD_OUT,
@@ -21,10 +20,11 @@ from .console import (
     emit,
     json_option,
     parse_list,
+    plot_option,
     rich_track,
     table,
-    working,
 )
+from .models import load_models
 
 SCORES: dict[str, tuple[str, Callable[[Answer], float]]] = {
     "exact": ("found by generation", lambda answer: float(answer.exact)),
@@ -45,7 +45,7 @@ Number = TypeVar("Number", int, float)
 @click.option("--depths", default="0,0.25,0.5,0.75,1", show_default=True, help="Where the fact lies: 0 start, 1 end.")
 @click.option("--trials", default=5, show_default=True, help="Haystacks and facts at each length.")
 @click.option("--seed", default=42, show_default=True, help="Draws the facts and where haystacks begin.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw heat maps.")
+@plot_option("Draw heat maps.")
 @dtype_option
 @device_option
 @json_option
@@ -57,7 +57,7 @@ def command(
     depths: str,
     trials: int,
     seed: int,
-    plot: Path | None,
+    plot: str | None,
     dtype: str | None,
     device: str,
     json_file: str | None,
@@ -71,10 +71,7 @@ def command(
         _refuse_beyond(name, at, max(sizes))
     tokenizer = load_tokenizer(locations[names[0]])
     questions = ask(tokenizer, cut(load_text(text), tokenizer), sizes, places, trials, seed)
-    with working("loading " + " and ".join(names)):
-        models = {
-            name: load_model(at, dtype=DTYPES[dtype or "float32"], device=device) for name, at in locations.items()
-        }
+    models = load_models(locations, dtype, device)
     answers = find_needles(models, tokenizer, questions, track=rich_track)
     found = {name: cells(answers[name]) for name in names}
     protocol = {
@@ -88,7 +85,7 @@ def command(
         }
     if plot is not None:
         maps = [[_heat(name, found[name], score) for score in DRAWN] for name in names]
-        plot_heat(maps, plot, row_label="depth", column_label="tokens")
+        plot_heat(maps, Path(plot), row_label="depth", column_label="tokens")
     shown = [_table(name, found[name], score) for name in names for score in DRAWN]
     emit({"protocol": protocol, "models": records}, json_file, *shown, _summary(records))
 
