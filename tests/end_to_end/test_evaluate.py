@@ -19,6 +19,7 @@ from tolerances import assert_numbers
 
 SOURCE = "llama-gqa"
 CONVERTED = Case(SOURCE, "palu", 0.5, "rebuild", "native")
+SAMPLES = ("--samples", 4, "--length", 32, "--context", 64)
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -77,6 +78,26 @@ def test_bits_per_byte_and_buckets_beside_perplexity(tiny: TinyModels, run: Run,
     assert "64-98" not in plain
     assert f"{converted['kl']:.4f} ±" in plain
     assert f" {converted['kl_standard_error']:.4f} " in plain
+
+
+def test_without_a_number_all_windows_of_a_short_text_are_measured(
+    tiny: TinyModels, run: Run, tmp_path: Path, text_file: Path
+) -> None:
+    source, long, short = tiny.directory(SOURCE), tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text(text_file.read_text()[:99])
+    short.write_text(text_file.read_text()[:70])
+    for more in ((), ("--bits-per-byte",)):
+        measured = json.loads(run("eval", source, "--text", long, "--window", 32, *more, "--json", "-")[1])
+        assert measured["windows"] == 3
+        assert "short.txt: 2 windows of 32 tokens" in run("eval", source, "--text", short, "--window", 32, *more)[1]
+    compared = json.loads(
+        run("compare", source, "--recipes", "palu", "--kv-budgets", 0.5, "--text", long, "--text", short,
+            "--window", 32, "--calibration", text_file, *SAMPLES, "--json", "-")[1]
+    )  # fmt: skip
+    assert compared["protocol"]["windows"] == 2
+    assert {record["source"]["predictions"] for record in compared["texts"].values()} == {2 * 31}
+    said = refusal(run("compare", source, "--text", long, "--text", short, "--window", 80, "--calibration", text_file))
+    assert "short.txt has 70 tokens, less than one window of 80" in said
 
 
 def test_other_tokenizers_are_compared_by_bytes_alone(

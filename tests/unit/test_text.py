@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from care.calibration import TEXTS, equal_shares, first_windows, load_text, sampled_windows, taken_in_turn
+from care.calibration import (
+    TEXTS,
+    equal_shares,
+    first_windows,
+    load_text,
+    sampled_windows,
+    taken_in_turn,
+    whole_windows,
+)
 from care.errors import BadInput
 
 TEXT = "na\u00efve text\nof two lines\n"
@@ -72,6 +80,11 @@ def test_named_texts_are_disjoint() -> None:
 
 def test_first_windows_follow_one_another() -> None:
     assert first_windows(torch.arange(11), 3, 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_what_is_measured_where_no_number_of_windows_is_asked_for() -> None:
+    """All that the text has up to a bound; one of a text that is too short, so that it is refused by its own length."""
+    assert [whole_windows(tokens, 10) for tokens in (9, 10, 29, 239, 240, 10_000)] == [1, 1, 2, 23, 24, 24]
 
 
 def test_sampled_windows_are_windows_of_the_text_without_repetition() -> None:

@@ -14,10 +14,20 @@ from .store import (
     parse_info,
 )
 from .streams import Stream, batches_of, num_batches, own_windows
-from .text import TEXTS, equal_shares, first_windows, load_text, sampled_windows, taken_in_turn
+from .text import (
+    MOST_WINDOWS,
+    TEXTS,
+    equal_shares,
+    first_windows,
+    load_text,
+    sampled_windows,
+    taken_in_turn,
+    whole_windows,
+)
 
 __all__ = [
     "EXPLANATION",
+    "MOST_WINDOWS",
     "TEXTS",
     "Calibration",
     "CalibrationInfo",
@@ -41,4 +51,5 @@ __all__ = [
     "parse_info",
     "sampled_windows",
     "taken_in_turn",
+    "whole_windows",
 ]

@@ -58,6 +58,15 @@ def _join_rows(path: Path, content: str) -> str:
         raise BadInput(f'{path}: every row must be a JSON object with a "text" key') from error
 
 
+MOST_WINDOWS = 24
+"""Windows of a text that is measured on, where no number is asked for and the text has them."""
+
+
+def whole_windows(num_tokens: int, length: int) -> int:
+    """How many windows of `length` tokens are measured where no number is asked for: all there are, up to a bound."""
+    return max(min(num_tokens // length, MOST_WINDOWS), 1)
+
+
 def first_windows(tokens_T: Tensor, length: int, count: int, *, name: str = "the text") -> Tensor:
     """The first `count` windows of `length` tokens, one after the other: (count, length)."""
     _require(tokens_T, length, count, name)

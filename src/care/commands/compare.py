@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..calibration import first_windows, load_text
+from ..calibration import first_windows, load_text, whole_windows
 from ..comparison import SOURCE, Comparison, Variant, compare, variants_of
 from ..errors import InvalidRecipe
 from ..formats import FORMATS
@@ -68,7 +68,7 @@ def command(
     format_: str | None,
     texts: tuple[str, ...],
     window: int,
-    windows: int,
+    windows: int | None,
     skip: int,
     directory: Path | None,
     plot: str | None,
@@ -87,7 +87,9 @@ def command(
         new_figure(1, 1)  # refuses now where nothing can be drawn
     source = open_source(model, device)
     with working(f"loading {model}"):
-        cut = {t: first_windows(source.tokens(load_text(t)), window, windows) for t in texts or (HELD_OUT,)}
+        tokens = {t: source.tokens(load_text(t)) for t in texts or (HELD_OUT,)}
+        windows = min(whole_windows(len(t), window) for t in tokens.values()) if windows is None else windows
+        cut = {name: first_windows(tokens_T, window, windows, name=name) for name, tokens_T in tokens.items()}
         _refuse_if_nothing_left(source, variants)
     result = compare(source, variants, cut, skip=skip, directory=directory, say=say, track=rich_track)
     protocol = {

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..calibration import MOST_WINDOWS
 from ..errors import BadInput, InvalidRecipe
 from ..output import writing
 from ..ranks import is_main, own_device
@@ -88,7 +89,11 @@ def window_options(function: Decorated) -> Decorated:
     """How a text is cut, the same in every command."""
     for option in (
         click.option("--skip", default=0, help="Predictions of each window, from its start, that are not counted."),
-        click.option("--windows", default=24, show_default=True, help="How many windows, from the start of the text."),
+        click.option(
+            "--windows",
+            type=click.IntRange(min=1),
+            help=f"How many windows, from the start of the text. [default: {MOST_WINDOWS}, or as many as it has]",
+        ),
         click.option("--window", default=1024, show_default=True, help="Tokens per window."),
     ):
         function = option(function)

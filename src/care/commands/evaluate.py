@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..calibration import first_windows, load_text
+from ..calibration import first_windows, load_text, whole_windows
 from ..errors import BadInput, InvalidRecipe
 from ..evaluation import (
     BitsPerByte,
@@ -77,7 +77,7 @@ def command(
     against: str | None,
     text: str,
     window: int,
-    windows: int,
+    windows: int | None,
     skip: int,
     across: bool,
     by_position: bool,
@@ -100,9 +100,12 @@ def command(
     content = load_text(text)
     if across:
         spans, windows_BT = common_spans(tokenizers, content, window, windows, skip), None
+        windows = len(next(iter(spans.values())))
     else:
         _refuse_other("tokenizer", {name: t.get_vocab() for name, t in tokenizers.items()})
-        spans, windows_BT = {}, first_windows(tokenize(tokenizers[names[0]], content), window, windows)
+        tokens_T = tokenize(tokenizers[names[0]], content)
+        windows = whole_windows(len(tokens_T), window) if windows is None else windows
+        spans, windows_BT = {}, first_windows(tokens_T, window, windows)
     models = load_models(locations, dtype, device)
     runs = {name: partial(logits, loaded) for name, loaded in models.items()}
     cache = {name: live_cache(loaded) for name, loaded in models.items()}

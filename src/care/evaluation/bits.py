@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration import whole_windows
 from ..errors import BadInput
 from ..progress import Track, silent
 from .quality import Logits, Quality, check_finite_nll, log_probabilities, mean_and_error
@@ -74,9 +75,9 @@ def predicted_bytes(tokenizer: Any, windows_BT: Tensor, skip: int = 0) -> int:  
 
 
 def common_spans(
-    tokenizers: Mapping[str, Any], text: str, window: int, count: int, skip: int = 0
+    tokenizers: Mapping[str, Any], text: str, window: int, count: int | None = None, skip: int = 0
 ) -> dict[str, list[Span]]:
-    """`count` stretches of a text, for each model in its own tokens.
+    """`count` stretches of a text, for each model in its own tokens; without a count, as `whole_windows` says.
 
     Each is as much as the first tokenizer has in at most `window` tokens, up to where a token ends with a character
     that is no space. What counts begins where tokens of all models meet for the first time behind the first `skip` + 1
@@ -84,6 +85,7 @@ def common_spans(
     """
     leader = next(iter(tokenizers))
     whole = _tokens(leader, tokenizers[leader], text)
+    count = whole_windows(len(whole.ids), window) if count is None else count
     if len(whole.ids) < window * count:
         raise BadInput(f"the text has {len(whole.ids)} tokens of {leader}, not {count} windows of {window}; {MEND}")
     if not 0 <= skip < window - 1:
