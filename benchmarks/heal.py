@@ -2,10 +2,13 @@
 
     python benchmarks/heal.py short    SRC DIR RESULT.json --data FILE ... --test FILE ... --minutes 30
     python benchmarks/heal.py starts   SRC DIR RESULT.json --data FILE ... --test FILE ... --tokens 65536
+    python benchmarks/heal.py again    SRC DIR RESULT.json --data FILE ... --test FILE ... --tokens 65536
     python benchmarks/heal.py parity   SRC DIR RESULT.json --data FILE ... --tokens 65536
 
 short    converts SRC by `best` at half the cache, heals it, and measures before and after on texts not trained on.
 starts   the same from transmla, care-mla and best, all at half the cache, with the same tokens.
+again    best at half the cache, healed, against best at five eighths, healed on half the tokens, cut to half the cache
+         by what its training made of it (benchmarks/reranking.py), and healed on as many tokens again.
 parity   fine-tunes SRC and its lossless conversion at the full cache by cross-entropy alone, on the same tokens.
 
 DIR keeps the checkpoints; what is there is not made again. Next to RESULT.json is a picture of the held-out curves.
@@ -20,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reranking import choose_again
 
 from care import load_recipe, open_source
-from care.calibration import first_windows, load_text
+from care.calibration import first_windows, load_text, sampled_windows
 from care.conversion import run_conversion
 from care.evaluation import measure
 from care.healing import HealingRequest, Objective, heal
@@ -31,6 +35,9 @@ from care.source import Source
 from care.statistics import CalibrationRequest
 
 WINDOW, WINDOWS = 1024, 24
+CHOSEN_ON = 32
+"""Windows of training text on which ranks are chosen again."""
+
 STARTS = ("transmla", "care-mla", "best")
 
 
@@ -118,6 +125,31 @@ def starts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def again(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """Whether a model that is healed first and cut then is better than one that was cut at once."""
+    half = {"tokens": options.tokens // 2}
+    straight, wide = (converted(source, options, "best", budget) for budget in (0.5, 0.625))
+    straight_out, straight_report = healed(source, options, straight)
+    wide_out, wide_report = healed(source, options, wide, half)
+    table = json.loads((straight / "config.json").read_text())["latent_attention"]
+    width = sum(table["kv_lora_rank"]) + sum(table["qk_rope_head_dim"])
+    windows_BT = sampled_windows(source.tokens(load_text(options.data[0])), options.length, CHOSEN_ON, seed=1)
+    cut = {name: options.directory / f"{name}-again" for name in (wide.name, wide_out.name)}
+    for name, out in cut.items():
+        if not out.exists():
+            choose_again(options.directory / name, windows_BT, width, out)
+    # Another seed: the second half of the tokens is not the first one again.
+    out, report = healed(source, options, cut[wide_out.name], {**half, "seed": 1, "refit_tokens": 0})
+    models = {
+        "one shot": straight, "healed": straight_out, "five eighths": wide, "five eighths healed": wide_out,
+        "five eighths cut": cut[wide.name], "healed and cut": cut[wide_out.name], "healed, cut, healed": out,
+    }  # fmt: skip
+    return {
+        "quality": excesses(source, options, models),
+        "runs": {"at once": straight_report, "before the cut": wide_report, "after the cut": report},
+    }
+
+
 def parity(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """Whether latent attention in the source's own cache learns more than the source."""
     models = {"source": own_copy(source, options), "converted": converted(source, options, "care-mla", 1.0)}
@@ -125,7 +157,7 @@ def parity(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     return {"runs": {name: healed(source, options, model, settings)[1] for name, model in models.items()}}
 
 
-EXPERIMENTS = {"short": short, "starts": starts, "parity": parity}
+EXPERIMENTS = {"short": short, "starts": starts, "again": again, "parity": parity}
 
 
 def parse() -> argparse.Namespace:

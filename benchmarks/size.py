@@ -2,9 +2,10 @@
 
     python benchmarks/size.py RESULT.json [--config DIR] [--layers 1,2] [--tokens 2048,4096] [--recipe care-u]
 
-Without --config the shape is Llama-3.1-8B's. Every command runs in a fresh process, pinned to one thread; the random
-checkpoint is written with as many layers as the row says. Peak memory is the process's resident set, of which mapped
-shards are a part. The whole model: --layers 32, 16 GB of disk for the source, as much for the result.
+Without --config the shape is Llama-3.1-8B's. Every command runs in a fresh process, on one thread; the random
+checkpoint is written with as many layers as the row says, and what `--dry-run` expects is kept beside what happens.
+Peak memory is the process's resident set, of which mapped shards are a part. The whole model: --layers 32, 16 GB of
+disk for the source, as much for the result.
 """
 
 import argparse
@@ -102,6 +103,9 @@ def row(config: dict[str, Any], num_layers: int, tokens: int, recipe: str, work:
         "convert": ("convert", source, out, "--recipe", recipe, "--calibration", stats),
     }
     result: dict[str, Any] = {"layers": num_layers, "tokens": tokens, "source_bytes": source_bytes}
+    planned = work / "plan.json"
+    measured("convert", source, out, "--recipe", recipe, *sampling, "--dry-run", "--json", planned)
+    result["estimate"] = json.loads(planned.read_text())["effort"]
     for name, arguments in commands.items():
         result[name] = measured(*arguments)
         print(num_layers, tokens, name, result[name], flush=True)
