@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from care.calibration import DecoderLayers, Stream, WholeModel
 from care.calibration.layers import HEAD
 from care.conversion import convert
+from care.modeling.loading import checkpoint_layout
 from care.modeling.streaming import StreamedWeights
 from care.plan import plan_conversion
 from care.recipe import load_recipe
@@ -91,6 +93,28 @@ def test_only_what_is_used_is_in_memory(tiny: TinyModels, name: str) -> None:
         tied = source.config["tie_word_embeddings"]
         assert held() == {"model.norm.weight", "model.embed_tokens.weight" if tied else "lm_head.weight"}
     assert held() == set()
+
+
+@pytest.mark.parametrize("wide", ["", "gate.weight", "norm.weight"])
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen3-moe"])
+def test_stored_types_become_fp32_without_loss(tiny: TinyModels, name: str, wide: str, tmp_path: Path) -> None:
+    """bf16, and beside it tensors in fp32 that bf16 cannot hold."""
+    state = {
+        key: tensor.clone() if wide and key.endswith(wide) else tensor.bfloat16()
+        for key, tensor in checkpoint_layout(tiny.source_model(name), tiny.source_model(name).state_dict()).items()
+    }
+    tiny.source_model(name).config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    save_tokenizer(tmp_path)
+    source = open_source(str(tmp_path))
+    expected = source.model.state_dict()
+    weights, layers = streamed(source)
+    with layers.holding(1):
+        found = {path: p for path, p in weights.model.named_parameters() if not p.is_meta}
+        assert len(found) > 5
+        for path, parameter in found.items():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, expected[path]), path
 
 
 @pytest.mark.parametrize("recipe", ["best", "best-rebuild", "transmla"])

@@ -70,17 +70,26 @@ class StreamedWeights:
                         setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def _load(self, part: str) -> None:
+        """Experts are fused in the type that they are stored in, and one tensor after the other becomes fp32."""
         conversion: Any = get_model_conversion_mapping(self.model)
-        config = LoadStateDictConfig(dtype=torch.float32, device_map={"": self._device}, weight_mapping=conversion)
         tensors = {name: self._reader.read(name) for name in self._names[part]}
+        stored = {tensor.dtype for tensor in tensors.values()}
+        dtype = stored.pop() if len(stored) == 1 else torch.float32
+        config = LoadStateDictConfig(dtype=dtype, device_map={"": self._device}, weight_mapping=conversion)
+        for parameter in self.model.parameters():
+            if parameter.is_meta:  # transformers loads in the type of the parameter
+                parameter.data = parameter.data.to(dtype)
         with _no_progress_bar():
             report, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        del tensors
         if report.conversion_errors or report.mismatched_keys or report.unexpected_keys:
             raise BadInput(f"the tensors of {part} do not fit the model of config.json: {report}")
         if part == HEAD:
             self.model.tie_weights()
         for parameter in self.model.parameters():
             parameter.requires_grad = False
+            if not parameter.is_meta:
+                parameter.data = parameter.data.float()
 
 
 @contextmanager
