@@ -1,5 +1,6 @@
 """Texts for calibration and measuring, and how tokens are cut from them."""
 
+import difflib
 import gzip
 import json
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from .hub_texts import HUB_TEXTS
 
 
 @cache
@@ -26,16 +28,32 @@ TEXTS: dict[str, Callable[[], str]] = {
     "python-help": lambda: _python_help()[0],
     "python-help-heldout": lambda: _python_help()[1],
 }
-"""Texts by name. `python-help` is technical English that every Python brings along; the held-out part is disjoint."""
+"""Texts by name that are always there.
+
+`python-help` is technical English that every Python brings along; the held-out part is disjoint.
+"""
 
 
 def load_text(name_or_file: str) -> str:
-    """A named text, or a UTF-8 file: plain, `.jsonl` with a "text" key per row, either gzipped."""
+    """A text by name (TEXTS, HUB_TEXTS) or a UTF-8 file: plain, or `.jsonl` with a "text" key per row; either gzipped.
+
+    BadInput for a file that is not there, with names that are like it, and for a text that cannot be fetched.
+    """
     if name_or_file in TEXTS:
         return TEXTS[name_or_file]()
+    if name_or_file in HUB_TEXTS:
+        return HUB_TEXTS[name_or_file].load(name_or_file)
     path = Path(name_or_file)
-    if not path.is_file():
-        raise BadInput(f"no such text file: {name_or_file} (named texts: {', '.join(TEXTS)})")
+    if path.is_file():
+        return _read_file(path)
+    names = [*TEXTS, *HUB_TEXTS]
+    near = difflib.get_close_matches(name_or_file, names)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"texts by name: {', '.join(names)}"
+    raise BadInput(f"no such text file: {name_or_file}; {hint}")
+
+
+def _read_file(path: Path) -> str:
+    """A file as one text."""
     content = read_text(path)
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         return _join_rows(path, content)
