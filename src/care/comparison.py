@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +23,9 @@ from .calibration import Calibration
 from .conversion import convert_layers
 from .errors import Interrupted, InvalidRecipe
 from .evaluation import CacheUse, Quality, live_cache, measure
-from .evaluation.quality import Logits
+from .evaluation.quality import Logits, Positions
 from .folding import FoldingSearch
+from .modeling.lazy_logits import lazy_logits
 from .modeling.native import attention_swapped, build_attention
 from .output import Say, unsaid
 from .plan import at_budget, check_request, plan_conversion
@@ -209,7 +210,7 @@ class _Sweep:
             left = [variant for variant in (None, *built) if self._row(text, variant) is None]
             if not left:
                 continue
-            runs: dict[str, Logits] = {SOURCE: self._source.logits}
+            runs: dict[str, Logits] = {SOURCE: partial(lazy_logits, self._source.model)}
             runs |= {v.name: self._logits(made.modules) for v, made in built.items() if v in left}
             found = measure(runs, windows_BT, reference=SOURCE, skip=self._skip, track=self._track)
             for variant in left:
@@ -220,9 +221,9 @@ class _Sweep:
                 self._kept.save_row(_title(variant), self._question(text, variant), row)
 
     def _logits(self, modules: Sequence[nn.Module]) -> Logits:
-        def logits(tokens_BT: Tensor) -> Tensor:
+        def logits(tokens_1T: Tensor) -> Positions:
             with attention_swapped(self._source.model, self._source.architecture.model_type, modules):
-                return self._source.logits(tokens_BT)
+                return lazy_logits(self._source.model, tokens_1T)
 
         return logits
 

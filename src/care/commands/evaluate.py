@@ -29,7 +29,8 @@ from ..evaluation import (
     score,
 )
 from ..evaluation.harness import HarnessScore, HarnessTasks, harness_scores, load_harness_tasks, run_harness
-from ..modeling.loading import load_tokenizer, locate, logits, tokenize
+from ..modeling.lazy_logits import lazy_logits
+from ..modeling.loading import load_tokenizer, locate, tokenize
 from .console import (
     HELD_OUT,
     device_option,
@@ -107,7 +108,7 @@ def command(
         windows = whole_windows(len(tokens_T), window) if windows is None else windows
         spans, windows_BT = {}, first_windows(tokens_T, window, windows)
     models = load_models(locations, dtype, device)
-    runs = {name: partial(logits, loaded) for name, loaded in models.items()}
+    runs = {name: partial(lazy_logits, loaded) for name, loaded in models.items()}
     cache = {name: live_cache(loaded) for name, loaded in models.items()}
     title = f"{text}: {windows} windows of {window} tokens"
     if windows_BT is None:

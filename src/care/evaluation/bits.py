@@ -13,7 +13,7 @@ from torch import Tensor
 from ..calibration import whole_windows
 from ..errors import BadInput
 from ..progress import Track, silent
-from .quality import Logits, Quality, check_finite_nll, log_probabilities, mean_and_error
+from .quality import Logits, Quality, check_finite_nll, chunks, label_nll, mean_and_error
 
 MEND = "lower --windows or --window, or give a longer text"
 
@@ -159,11 +159,13 @@ def _measured(name: str, run: Logits, spans: Sequence[Span], track: Track) -> Bi
     predictions = 0
     with torch.inference_mode():
         for span in track(spans, label=f"evaluating {name}", total=len(spans)):
-            logits_TV = run(span.tokens_T[None])[0, span.first - 1 : -1]
-            for _, _, nll_T in log_probabilities(logits_TV, span.tokens_T[span.first :]):
-                total += float(nll_T.sum())
-                total_squared += float(nll_T.square().sum())
-                predictions += len(nll_T)
+            logits = run(span.tokens_T[None])
+            for part in chunks(span.first - 1, len(span.tokens_T) - 1):
+                logp_tV = logits[0, part].float().log_softmax(-1)
+                nll_t = label_nll(logp_tV, span.tokens_T[part.start + 1 : part.stop + 1])
+                total += float(nll_t.sum())
+                total_squared += float(nll_t.square().sum())
+                predictions += len(nll_t)
     check_finite_nll(name, total)
     nll, error = mean_and_error(total, total_squared, predictions)
     return _in_bits(nll, error, predictions, sum(span.num_bytes for span in spans))

@@ -1,14 +1,17 @@
 """Perplexity, and how far a model is from a reference: KL divergence and top-1 agreement.
 
-All models see the same window before the next window is read, so that a reference's logits are never stored.
-Log-probabilities are fp32, sums fp64. What each figure means is in docs/evaluate.md.
+All models see the same window before the next window is read, and its positions go by a few at a time, so that neither
+logits of a whole window nor those of a reference need to be stored. Log-probabilities are fp32, sums fp64. What each
+figure means is in docs/evaluate.md.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +19,17 @@ from torch import Tensor
 from ..errors import BadInput
 from ..progress import Track, silent
 
-Logits = Callable[[Tensor], Tensor]
-"""Token ids (1, T) to logits (1, T, vocabulary)."""
+
+class Positions(Protocol):
+    """Logits (1, T, vocabulary), of which some positions are asked for at a time."""
+
+    def __getitem__(self, index: tuple[int, slice], /) -> Tensor:
+        """Of [0, positions]: (t, vocabulary)."""
+        ...
+
+
+Logits = Callable[[Tensor], Positions]
+"""Token ids (1, T) to logits: a tensor, or what makes them when they are asked for."""
 
 CHUNK = 256
 """Positions whose log-probabilities are held at a time."""
@@ -39,6 +51,22 @@ class _Sums:
 
     def __post_init__(self) -> None:
         self.sums_5T = torch.zeros(len(SUMS), self.num_positions, dtype=torch.float64)
+
+    @contextmanager
+    def timed(self) -> Generator[None]:
+        """Count the seconds within."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+    def add(self, part: slice, logp_tV: Tensor, labels_t: Tensor, base_tV: Tensor | None) -> None:
+        """What is found at some positions of one window; `base_tV` are the reference's log-probabilities."""
+        nll_t = label_nll(logp_tV, labels_t)
+        rows = [nll_t, nll_t.square()]
+        if base_tV is not None:
+            kl_t = (base_tV.exp() * (base_tV - logp_tV)).sum(-1).double()
+            rows += [kl_t, kl_t.square(), (base_tV.argmax(-1) == logp_tV.argmax(-1)).double()]
+        self.sums_5T[: len(rows), part] += torch.stack(rows).cpu()
 
 
 @dataclass(frozen=True)
@@ -99,35 +127,32 @@ def measure(
     order = sorted(models, key=lambda name: name != reference)
     with torch.inference_mode():
         for window_T in track(windows_BT, label="evaluating", total=len(windows_BT)):
-            base_TV: Tensor | None = None
+            found = dict[str, Positions]()
             for name in order:
-                start = time.perf_counter()
-                logits_TV = models[name](window_T[None])[0, skip:-1]
-                sums[name].seconds += time.perf_counter() - start
-                if name == reference:
-                    base_TV = logits_TV
-                _add(sums[name], logits_TV, window_T[skip + 1 :], base_TV)
+                with sums[name].timed():
+                    found[name] = models[name](window_T[None])
+            for part in chunks(skip, len(window_T) - 1):
+                base_tV: Tensor | None = None
+                for name in order:
+                    with sums[name].timed():
+                        logp_tV = found[name][0, part].float().log_softmax(-1)
+                    if name == reference:
+                        base_tV = logp_tV
+                    labels_t = window_T[part.start + 1 : part.stop + 1]
+                    sums[name].add(slice(part.start - skip, part.stop - skip), logp_tV, labels_t, base_tV)
+            for one in sums.values():
+                one.windows += 1
     return {name: _means(name, sums[name], skip, with_reference=reference is not None) for name in models}
 
 
-def log_probabilities(logits_TV: Tensor, labels_T: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """CHUNK positions at a time: which, all log-probabilities (t, V), and the labels' negative ones (t) in fp64."""
-    labels_T = labels_T.to(logits_TV.device)
-    for start in range(0, len(labels_T), CHUNK):
-        part = slice(start, start + CHUNK)
-        logp_TV = logits_TV[part].float().log_softmax(-1)
-        yield part, logp_TV, -logp_TV.gather(1, labels_T[part, None])[:, 0].double()
+def chunks(first: int, end: int) -> Iterator[slice]:
+    """CHUNK positions at a time, from `first` up to `end`."""
+    return (slice(start, min(start + CHUNK, end)) for start in range(first, end, CHUNK))
 
 
-def _add(sums: _Sums, logits_TV: Tensor, labels_T: Tensor, base_TV: Tensor | None) -> None:
-    sums.windows += 1
-    for part, logp_TV, nll_T in log_probabilities(logits_TV, labels_T):
-        rows = [nll_T, nll_T.square()]
-        if base_TV is not None:
-            base_logp_TV = base_TV[part].float().log_softmax(-1)
-            kl_T = (base_logp_TV.exp() * (base_logp_TV - logp_TV)).sum(-1).double()
-            rows += [kl_T, kl_T.square(), (base_logp_TV.argmax(-1) == logp_TV.argmax(-1)).double()]
-        sums.sums_5T[: len(rows), part] += torch.stack(rows).cpu()
+def label_nll(logp_tV: Tensor, labels_t: Tensor) -> Tensor:
+    """Negative log-probabilities of labels: (t) in fp64."""
+    return -logp_tV.gather(1, labels_t.to(logp_tV.device)[:, None])[:, 0].double()
 
 
 def check_finite_nll(name: str, nll: float) -> None:
