@@ -66,8 +66,8 @@ def healed(
     out = options.directory / f"{model.name}-healed-{options.tokens or options.minutes}"
     asked: dict[str, Any] = {
         "minutes": options.minutes, "tokens": options.tokens, "rate": options.rate, "batch": options.batch,
-        "length": options.length, "together": options.together, "precision": options.precision,
-        "objective": Objective(beta=options.beta), **(more or {}),
+        "length": options.length, "together": options.together, "held_out": options.held_out,
+        "precision": options.precision, "objective": Objective(beta=options.beta), **(more or {}),
     }  # fmt: skip
     request = HealingRequest(str(model), source.name, tuple(options.data), **asked)
     report = heal(request, out, say=print) if not out.exists() else json.loads((out / "healing.json").read_text())
@@ -174,9 +174,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the divergence beside cross-entropy")
-    for name in ("rate", "batch", "length", "together", "precision"):
+    for name in ("rate", "batch", "length", "together", "held_out", "precision"):
         default = getattr(HealingRequest, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     return parser.parse_args()
 
 
