@@ -30,6 +30,10 @@ MOMENTS_HELD = 6
 DECOMPOSITION = 25.0
 """Operations of a symmetric eigendecomposition, over the cube of its size."""
 
+BYTES_A_SECOND = 150e6
+"""How fast weights are read, widened to fp32 and written: what the rows of benchmarks/results/size-*.json take beyond
+their products, on a disk that is not fast."""
+
 PROBE = 768
 """Size of the matrices by which this machine's speed is measured."""
 
@@ -41,13 +45,15 @@ SERVING_GPUS = (1, 2, 4, 8)
 class Sizes:
     """Numbers of parameters: of all, of all layers, of the largest layer and other parts.
 
-    `active` are those of a layer that one token goes through; `widest` is the most outputs of a projection.
+    `active` are those of a layer that one token goes through, `experts` those of its experts, which are fused when they
+    are read; `widest` is the most outputs of a projection.
     """
 
     total: int
     layers: int
     layer: int
     active: int
+    experts: int
     embeddings: int
     head: int
     widest: int
@@ -75,8 +81,8 @@ class Sizes:
         tied = source.config.get("tie_word_embeddings")
         return cls(
             total=total, layers=sum(layers.values()), layer=largest, active=round(largest - idle),
-            embeddings=embeddings, head=head + (embeddings if tied else 0), widest=widest,
-            bytes_each=source.stated_dtype.itemsize,
+            experts=experts // len(layers), embeddings=embeddings, head=head + (embeddings if tied else 0),
+            widest=widest, bytes_each=source.stated_dtype.itemsize,
         )  # fmt: skip
 
 
@@ -105,9 +111,10 @@ def estimate(
 
 
 def _memory(source: Source, sizes: Sizes, recipe: Recipe) -> int:
-    """The largest of the steps: a part of the model in fp32 beside its mapped shard, and what is computed with it.
+    """The largest of the steps: a part of the model that becomes fp32 beside its mapped shard, and what is computed.
 
-    The last step is writing the largest shard, whose tensors are mapped from those of the source.
+    Experts are there twice as they are stored, mapped and fused. The last step is writing the largest shard, whose
+    tensors are mapped from those of the source.
     """
     spec, each = source.spec, FP32 + sizes.bytes_each
     moments = MOMENTS_HELD * FP64 * spec.feature_width**2
@@ -115,7 +122,8 @@ def _memory(source: Source, sizes: Sizes, recipe: Recipe) -> int:
     logits = 4 * BATCH_TOKENS * FP32 * (sizes.embeddings // spec.hidden_size) if "gradients" in recipe.needs else 0
     steps = [
         each * sizes.embeddings,
-        each * sizes.layer + moments + running if recipe.needs else moments,
+        each * sizes.layer + sizes.bytes_each * sizes.experts if recipe.needs else 0,
+        FP32 * sizes.layer + moments + running if recipe.needs else moments,
         each * sizes.head + logits if logits else 0,
         moments + sizes.bytes_each * max(sizes.layer, sizes.total - sizes.layers),
     ]
@@ -152,7 +160,7 @@ def conversion_bytes(
 
 
 def _seconds(source: Source, sizes: Sizes, recipe: Recipe, request: CalibrationRequest, speed: "Speed") -> float:
-    """Passes through layers and head at the speed of products, decompositions at theirs."""
+    """Passes through layers and head at the speed of products, decompositions at theirs, and reading and writing."""
     spec = source.spec
     tokens = request.num_windows * request.window if recipe.needs else 0
     back = request.gradient_windows * request.window if "gradients" in recipe.needs else 0
@@ -163,7 +171,9 @@ def _seconds(source: Source, sizes: Sizes, recipe: Recipe, request: CalibrationR
     products = spec.num_layers * (2 * passes * sizes.active + 2 * tokens * spec.feature_width**2) + 2 * logits
     tries = 1 + (spec.kv_width // 2 // max(getattr(recipe.allocation, "slot_step", spec.kv_width), 1))
     decompositions = spec.num_layers * (tries + 2) * DECOMPOSITION * spec.cache_width**3
-    return products / speed.products + decompositions / speed.decompositions
+    reads = 1 + bool(recipe.needs) + 2 * ("gradients" in recipe.needs) + bool(recipe.refit)
+    moved = (reads + 1) * sizes.bytes_each * sizes.layers
+    return products / speed.products + decompositions / speed.decompositions + moved / BYTES_A_SECOND
 
 
 @dataclass(frozen=True)
