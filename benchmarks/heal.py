@@ -5,8 +5,8 @@
     python benchmarks/heal.py again    SRC DIR RESULT.json --data FILE ... --test FILE ... --tokens 65536
     python benchmarks/heal.py parity   SRC DIR RESULT.json --data FILE ... --tokens 65536
 
-short    converts SRC by `best` at half the cache, heals it, and measures before and after on texts not trained on.
-starts   the same from transmla, care-mla and best, all at half the cache, with the same tokens.
+short    converts SRC by `best`, heals it, and measures before and after on texts not trained on.
+starts   the same from transmla, care-mla and best, all at the same share of the cache, with the same tokens.
 again    best at half the cache, healed, against best at five eighths, healed on half the tokens, cut to half the cache
          by what its training made of it (benchmarks/reranking.py), and healed on as many tokens again.
 parity   fine-tunes SRC and its lossless conversion at the full cache by cross-entropy alone, on the same tokens.
@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import platform
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from care.calibration import first_windows, load_text, sampled_windows
 from care.conversion import run_conversion
 from care.evaluation import measure
 from care.healing import HealingRequest, Objective, heal
-from care.modeling.loading import load_model, locate, logits
+from care.modeling.lazy_logits import lazy_logits
+from care.modeling.loading import load_model, locate
 from care.source import Source
 from care.statistics import CalibrationRequest
 
@@ -70,17 +72,20 @@ def healed(
         "precision": options.precision, "objective": Objective(beta=options.beta), **(more or {}),
     }  # fmt: skip
     request = HealingRequest(str(model), source.name, tuple(options.data), **asked)
-    report = heal(request, out, say=print) if not out.exists() else json.loads((out / "healing.json").read_text())
-    return out, report
+    if not out.exists():
+        heal(request, out, device=options.device, say=print)
+    return out, json.loads((out / "healing.json").read_text())
 
 
 def excesses(source: Source, options: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:
     """ln(perplexity / perplexity of the source) and KL to the source, per text and model."""
-    loaded = {name: load_model(locate(str(at)), dtype=torch.float32) for name, at in models.items()}
+    loaded = {
+        name: load_model(locate(str(at)), dtype=torch.float32, device=options.device) for name, at in models.items()
+    }
     found: dict[str, Any] = {}
     for text in options.test:
         windows_BT = first_windows(source.tokens(load_text(text)), WINDOW, options.windows)
-        runs = {name: lambda x, m=m: logits(m, x) for name, m in {"source": source.model, **loaded}.items()}
+        runs = {name: partial(lazy_logits, model) for name, model in {"source": source.model, **loaded}.items()}
         quality = measure(runs, windows_BT, reference="source")
         base = quality["source"].nll
         found[Path(text).name] = {"source perplexity": math.exp(base)} | {
@@ -107,7 +112,7 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def short(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """What a short run leaves of the excess."""
-    model = converted(source, options, "best", 0.5)
+    model = converted(source, options, "best", options.budget)
     out, report = healed(source, options, model)
     quality = excesses(source, options, {"one shot": model, "healed": out})
     left = {text: rows["healed"]["excess"] / rows["one shot"]["excess"] for text, rows in quality.items()}
@@ -116,7 +121,7 @@ def short(source: Source, options: argparse.Namespace) -> dict[str, Any]:
 
 def starts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """Several initializations at one cache width and one number of tokens."""
-    models = {name: converted(source, options, name, 0.5) for name in STARTS}
+    models = {name: converted(source, options, name, options.budget) for name in STARTS}
     runs = {name: healed(source, options, model) for name, model in models.items()}
     ends = {f"{name} healed": out for name, (out, _) in runs.items()}
     return {
@@ -171,6 +176,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", nargs="+", default=[], help="texts to measure on")
     parser.add_argument("--calibration", help="text for conversion; default: the first of --data")
     parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--budget", type=float, default=0.5, help="share of the cache that short and starts keep")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the divergence beside cross-entropy")
@@ -184,10 +191,11 @@ def main() -> None:
     """Run one experiment, write its figures and its picture."""
     options = parse()
     options.directory.mkdir(parents=True, exist_ok=True)
-    source = open_source(options.source)
+    source = open_source(options.source, options.device)
     result = EXPERIMENTS[options.experiment](source, options)
     machine = {
-        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name(options.device) if options.device != "cpu" else platform.machine(),
+        "threads": torch.get_num_threads(),
         "torch": version("torch"), "transformers": version("transformers"),
     }  # fmt: skip
     summary = {
