@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import care.cli
 import care.conversion
+from care.commands.console import verbatim
 from care.recipe import recipe_names
 from tiny import NUM_WINDOWS, WINDOW, Case, TinyModels
 from tolerances import assert_numbers
@@ -351,7 +352,8 @@ def test_a_device_that_is_not_there(
 
 
 def test_an_empty_prompt(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
-    assert_refused(care_main("generate", tiny.directory("llama-gqa"), ""), "prompt", tmp_path / "out")
+    for prompts in ([""], ["abc", ""]):
+        assert_refused(care_main("generate", tiny.directory("llama-gqa"), *prompts), "prompt", tmp_path / "out")
 
 
 def test_disk_known_to_be_too_small(
@@ -507,8 +509,10 @@ def test_convert_inspect_eval_generate(tiny: TinyModels, care_main: Run, tmp_pat
     assert measured[str(out)]["cache_bytes_per_token"] * 2 == measured[str(source)]["cache_bytes_per_token"]
 
     said = care_main("generate", out, "abc", "--max-new-tokens", 5, "--json", "-").json
-    assert said["prompt"] == "abc"
-    assert care_main("generate", out, "abc", "--max-new-tokens", 5).stdout.strip() == said["text"].strip()
+    (made,) = said["generations"]
+    assert made["prompt"] == "abc"
+    shown = verbatim(made["texts"][str(out)]).plain.strip()
+    assert care_main("generate", out, "abc", "--max-new-tokens", 5).stdout.strip() == shown
 
 
 def test_calibration_by_text_is_calibration_by_directory(
