@@ -777,9 +777,19 @@ def test_report_is_written_from_a_conversion(tiny: TinyModels, care_main: Run, t
     out = tiny.converted(Case("llama-gqa", "best", 0.5, "absorbed", "native"))
     options = ("--text", text_file, "--window", 32, "--windows", 2, "--json", measured)
     care_main("eval", out, "--against", source, *options)
-    outcome = care_main("report", out, page, "--measured", measured, "--json", tmp_path / "report.json")
+    texts = tmp_path / "texts.json"
+    care_main("generate", out, "abc", "--against", source, "--max-new-tokens", 6, "--json", texts)
+    given = ("--measured", measured, "--measured", texts)
+    outcome = care_main("report", out, page, *given, "--json", tmp_path / "report.json")
     assert outcome.code == 0
     facts = json.loads((tmp_path / "report.json").read_text())
+    (run,) = facts["generations"]
+    (shown,) = run["prompts"]
+    (made,) = json.loads(texts.read_text())["generations"]
+    assert (run["source"], run["converted"]) == (source.name, out.name)
+    assert shown["common"] + shown["source_rest"] == made["texts"][str(source)]
+    assert shown["common"] + shown["converted_rest"] == made["texts"][str(out)]
+    assert f"same for {made['same_tokens']} of 6 tokens" in page.read_text()
     assert facts["verdict"][0] in outcome.stdout
     assert facts["losses"]["key"] > 0
     assert page.read_text().count("<svg") == 3
@@ -787,6 +797,9 @@ def test_report_is_written_from_a_conversion(tiny: TinyModels, care_main: Run, t
     refused = care_main("report", source, tmp_path / "other.html")
     assert_refused(refused, "is not a converted model", tmp_path / "other.html")
     assert_refused(care_main("report", out, tmp_path / "a" / "b.html"), "cannot write", tmp_path / "a")
+    care_main("generate", out, "abc", "--max-new-tokens", 6, "--json", texts)
+    refused = care_main("report", out, tmp_path / "other.html", "--measured", texts)
+    assert_refused(refused, "care generate OUT PROMPT --against SRC", tmp_path / "other.html")
 
 
 def test_no_command_runs_pickles(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
