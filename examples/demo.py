@@ -14,10 +14,10 @@ import torch
 
 from care import CalibrationRequest, CareError, calibrate, convert, load_recipe, open_source, plan_conversion
 from care.calibration import first_windows, load_text
-from care.commands.console import out, rich_track, table, working
+from care.commands.console import out, rich_track, table, verbatim, working
 from care.commands.evaluate import COLUMNS, quality_row
 from care.commands.profile import plot_profile, profile_text
-from care.evaluation import generate_text, live_cache, measure
+from care.evaluation import continue_prompt, encode_prompt, live_cache, measure
 from care.modeling.loading import load_model, locate
 from care.source import Source
 
@@ -44,9 +44,10 @@ def measure_both(source: Source, converted_dir: Path) -> None:
     models = {"source": source.model, "converted": converted}
     rows = [quality_row(name, quality[name], live_cache(model)) for name, model in models.items()]
     out.print(table(f"{TEXT}: {WINDOWS} windows of {WINDOW} tokens", COLUMNS, rows))
+    prompt_BT = encode_prompt(source.tokenizer, PROMPT)
     for name, model in models.items():
-        text = generate_text(model, source.tokenizer, PROMPT, max_new_tokens=24)
-        out.print(f"[bold]{name}[/bold]: {PROMPT}{text!r}")
+        text = continue_prompt(model, source.tokenizer, prompt_BT, max_new_tokens=24).text
+        out.print(verbatim(f"{name}: {PROMPT}{text!r}"))
 
 
 def main(out_dir: Path) -> None:

@@ -34,7 +34,7 @@ OPTIONS = {
         "--temperature", "--kl-only", "--rate", "--batch", "--length", "--together", "--held-out", "--refit-tokens",
         "--precision", "--recompute", "--seed", "--checkpoint-minutes", "--tensorboard", "--device", "--json",
     ],
-    "generate": ["model", "prompt", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
+    "generate": ["model", "prompts", "--against", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
     "export": ["model", "file", "--to", "--quantize", "--json"],
     "report": ["model", "page", "--measured", "--json"],
     "serve": ["model", "--engine", "--port"],

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import care.cli
 import care.conversion
+from care.commands.console import verbatim
 from care.recipe import recipe_names
 from tiny import NUM_WINDOWS, WINDOW, Case, TinyModels
 from tolerances import assert_numbers
@@ -351,7 +352,8 @@ def test_a_device_that_is_not_there(
 
 
 def test_an_empty_prompt(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:
-    assert_refused(care_main("generate", tiny.directory("llama-gqa"), ""), "prompt", tmp_path / "out")
+    for prompts in ([""], ["abc", ""]):
+        assert_refused(care_main("generate", tiny.directory("llama-gqa"), *prompts), "prompt", tmp_path / "out")
 
 
 def test_disk_known_to_be_too_small(
@@ -507,8 +509,10 @@ def test_convert_inspect_eval_generate(tiny: TinyModels, care_main: Run, tmp_pat
     assert measured[str(out)]["cache_bytes_per_token"] * 2 == measured[str(source)]["cache_bytes_per_token"]
 
     said = care_main("generate", out, "abc", "--max-new-tokens", 5, "--json", "-").json
-    assert said["prompt"] == "abc"
-    assert care_main("generate", out, "abc", "--max-new-tokens", 5).stdout.strip() == said["text"].strip()
+    (made,) = said["generations"]
+    assert made["prompt"] == "abc"
+    shown = verbatim(made["texts"][str(out)]).plain.strip()
+    assert care_main("generate", out, "abc", "--max-new-tokens", 5).stdout.strip() == shown
 
 
 def test_calibration_by_text_is_calibration_by_directory(
@@ -773,9 +777,19 @@ def test_report_is_written_from_a_conversion(tiny: TinyModels, care_main: Run, t
     out = tiny.converted(Case("llama-gqa", "best", 0.5, "absorbed", "native"))
     options = ("--text", text_file, "--window", 32, "--windows", 2, "--json", measured)
     care_main("eval", out, "--against", source, *options)
-    outcome = care_main("report", out, page, "--measured", measured, "--json", tmp_path / "report.json")
+    texts = tmp_path / "texts.json"
+    care_main("generate", out, "abc", "--against", source, "--max-new-tokens", 6, "--json", texts)
+    given = ("--measured", measured, "--measured", texts)
+    outcome = care_main("report", out, page, *given, "--json", tmp_path / "report.json")
     assert outcome.code == 0
     facts = json.loads((tmp_path / "report.json").read_text())
+    (run,) = facts["generations"]
+    (shown,) = run["prompts"]
+    (made,) = json.loads(texts.read_text())["generations"]
+    assert (run["source"], run["converted"]) == (source.name, out.name)
+    assert shown["common"] + shown["source_rest"] == made["texts"][str(source)]
+    assert shown["common"] + shown["converted_rest"] == made["texts"][str(out)]
+    assert f"same for {made['same_tokens']} of 6 tokens" in page.read_text()
     assert facts["verdict"][0] in outcome.stdout
     assert facts["losses"]["key"] > 0
     assert page.read_text().count("<svg") == 3
@@ -783,6 +797,9 @@ def test_report_is_written_from_a_conversion(tiny: TinyModels, care_main: Run, t
     refused = care_main("report", source, tmp_path / "other.html")
     assert_refused(refused, "is not a converted model", tmp_path / "other.html")
     assert_refused(care_main("report", out, tmp_path / "a" / "b.html"), "cannot write", tmp_path / "a")
+    care_main("generate", out, "abc", "--max-new-tokens", 6, "--json", texts)
+    refused = care_main("report", out, tmp_path / "other.html", "--measured", texts)
+    assert_refused(refused, "care generate OUT PROMPT --against SRC", tmp_path / "other.html")
 
 
 def test_no_command_runs_pickles(tiny: TinyModels, care_main: Run, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""care eval: bits per byte, models with other tokenizers, figures by position, and what it says to bad input."""
+"""care eval: bits per byte, models with other tokenizers, figures by position, and what it says to bad input.
+
+care generate: texts of two models side by side.
+"""
 
 import json
 import math
@@ -13,6 +16,8 @@ import pytest
 import torch
 
 import care.cli
+import care.commands.generate
+from care.evaluation import Continuation
 from care.modeling.loading import Location, load_tokenizer
 from tiny import TINY, Case, TinyModels, build_checkpoint
 from tolerances import assert_numbers
@@ -197,3 +202,108 @@ def test_a_comparison_has_standard_errors_and_its_table_reads_it(
     monkeypatch.setattr(sys, "argv", ["table.py", str(file)])
     runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "table.py"), run_name="__main__")
     assert f"{table['rows'][0]['kl']:.3f}" in capsys.readouterr().out
+
+
+def greedy(model: Any, prompt: str, length: int) -> list[int]:
+    """The likeliest token, again and again, without a cache."""
+    tokens = load_tokenizer(Location(Path(model.name_or_path)))(prompt)["input_ids"]
+    start = len(tokens)
+    with torch.inference_mode():
+        for _ in range(length):
+            tokens.append(int(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[start:]
+
+
+def test_texts_of_source_and_conversion_side_by_side(tiny: TinyModels, run: Run) -> None:
+    source, model = str(tiny.directory(SOURCE)), str(tiny.converted(CONVERTED))
+    loaded = {source: tiny.source_model(SOURCE), model: tiny.model(CONVERTED)}
+    tokenizer, prompts, length = load_tokenizer(Location(Path(source))), ("abc", "b de"), 12
+    options = ("generate", model, *prompts, "--against", source, "--max-new-tokens", length)
+    code, said, progress = run(*options, "--json", "-")
+    assert (code, progress.startswith("writing: done in ")) == (0, True)
+    found = json.loads(said)
+    generations = found.pop("generations")
+    assert found == {
+        "models": [source, model], "against": source, "max_new_tokens": length, "chat": False, "dtype": "float32",
+        "decoding": "greedy",
+    }  # fmt: skip
+    shown = run(*options)[1]
+    parted = []
+    for prompt, made in zip(prompts, generations, strict=True):
+        tokens = {name: greedy(loaded[name], prompt, length) for name in (source, model)}
+        parted.append(next((n for n in range(length) if tokens[source][n] != tokens[model][n]), length))
+        assert made == {
+            "prompt": prompt, "texts": {name: tokenizer.decode(ids) for name, ids in tokens.items()},
+            "tokens": {source: length, model: length}, "same_tokens": parted[-1],
+        }  # fmt: skip
+    assert max(parted) > 0
+    assert min(parted) < length
+    assert shown.index("prompt: abc\n") < shown.index("prompt: b de\n")
+    assert [line for line in shown.splitlines() if line.startswith("same for ")] == [
+        f"same for {n} of {length} tokens" for n in parted
+    ]
+
+
+def test_texts_of_one_model_and_several_prompts(tiny: TinyModels, run: Run) -> None:
+    source = str(tiny.directory(SOURCE))
+    options = ("--max-new-tokens", 4)
+    found = json.loads(run("generate", source, "abc", "de", *options, "--json", "-")[1])
+    assert (found["models"], found["against"]) == ([source], None)
+    assert [made["prompt"] for made in found["generations"]] == ["abc", "de"]
+    assert {made["same_tokens"] for made in found["generations"]} == {None}
+    assert {made["tokens"][source] for made in found["generations"]} == {4}
+    alone = [run("generate", source, prompt, *options)[1] for prompt in ("abc", "de")]
+    shown = run("generate", source, "abc", "de", *options)[1]
+    assert shown == f"prompt: abc\n{alone[0]}\nprompt: de\n{alone[1]}"
+
+
+def test_texts_are_columns_that_wrap_and_not_markup(
+    tiny: TinyModels, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source left; two columns of the same width together are as wide as a file."""
+    source, model = (str(path.relative_to(tiny.root)) for path in (tiny.directory(SOURCE), tiny.converted(CONVERTED)))
+    monkeypatch.chdir(tiny.root)
+    texts = {source: "[bold]left[/bold] " * 20 + "[/]\x1b[2J", model: "right " * 3}
+    tokens = {source: (1, 2, 3), model: (1, 2, 4, 5)}
+    written = {name: Continuation(tokens[name], text) for name, text in texts.items()}
+    monkeypatch.setattr(care.commands.generate, "continue_prompts", lambda *_, **__: [written])
+    shown = run("generate", model, "[red]a[/red] [/]", "--against", source)[1]
+    lines = shown.splitlines()
+    assert lines[0] == "prompt: [red]a[/red] [/]"
+    assert lines[-1] == "same for 2 of 4 tokens"
+    cells = [line.strip("│").split("│") for line in lines if line.startswith("│")]
+    assert {len(cell) for row in cells for cell in row} <= {78, 79}
+    left, right = ([word for cell in column for word in cell.split()] for column in zip(*cells, strict=True))
+    assert left == ["[bold]left[/bold]"] * 20 + ["[/]\N{REPLACEMENT CHARACTER}[2J"]
+    assert right == ["right"] * 3
+    heads = [line.strip("┃").split("┃") for line in lines if line.startswith("┃")]
+    assert ["".join(parts).replace(" ", "") for parts in zip(*heads, strict=True)] == [source, model]
+
+
+def test_the_chat_template_is_the_references(tiny: TinyModels, run: Run, tmp_path: Path) -> None:
+    """The JSON says whether there was one."""
+    plain, spoken_to = tiny.directory(SOURCE), shutil.copytree(tiny.directory(SOURCE), tmp_path / "spoken to")
+    (spoken_to / "chat_template.jinja").write_text("{% for m in messages %}({{ m.role }}: {{ m.content }}){% endfor %}")
+
+    def made(prompt: str, *options: object) -> tuple[bool, list[str]]:
+        found = json.loads(run("generate", *options, prompt, "--max-new-tokens", 5, "--json", "-")[1])
+        return found["chat"], list(found["generations"][0]["texts"].values())
+
+    _, (bare,) = made("hi", plain)
+    _, (templated,) = made("(user: hi)", plain)
+    assert bare != templated
+    assert made("hi", plain, "--against", spoken_to, "--chat") == (True, [templated] * 2)
+    assert made("hi", spoken_to, "--against", plain, "--chat") == (False, [bare] * 2)
+    assert made("hi", spoken_to) == (False, [bare])
+
+
+def test_texts_that_cannot_be_compared_are_refused(tiny: TinyModels, run: Run, tmp_path: Path) -> None:
+    source, other = tiny.directory(SOURCE), other_tokens(tiny, tmp_path / "other")
+    said = refusal(run("generate", other, "abc", "--against", source))
+    assert f"{other} has another tokenizer than {source}" in said
+    assert said.rstrip().endswith("leave out --against")
+    said = refusal(run("generate", source, "abc", "--against", source))
+    assert "is MODEL itself" in said
+    assert refusal(run("generate", tiny.converted(CONVERTED), "abc", "", "--against", source)).count("prompt") == 1
+    code, _, said = run("generate", source, "abc", "--max-new-tokens", 0)
+    assert (code, "--max-new-tokens" in said) == (2, True)

@@ -54,6 +54,21 @@ COMPARED = {
     }
 }
 EVALUATED = {"text": "c4.txt", "models": {"src": numbers(20.0, 3.0, 0.0), "x/out": numbers(21.0, 3.05, 0.1)}}
+WRITTEN: dict[str, Any] = {
+    "models": ["hub/src", "x/out"], "against": "hub/src", "max_new_tokens": 48, "chat": False, "dtype": "bfloat16",
+    "decoding": "greedy",
+    "generations": [
+        {
+            "prompt": "2 < 3\nand", "same_tokens": 5, "tokens": {"hub/src": 48, "x/out": 12},
+            "texts": {"hub/src": " <b>so</b>\n  on & on", "x/out": " <b>so</b>\n  off"},
+        },
+        {
+            "prompt": "Again", "same_tokens": 9, "tokens": {"hub/src": 9, "x/out": 9},
+            "texts": {"hub/src": " the same", "x/out": " the same"},
+        },
+    ],
+}  # fmt: skip
+OTHER_KIND = "is not the JSON of care eval --against, care compare or care generate --against"
 
 
 class Page(HTMLParser):
@@ -116,6 +131,51 @@ def test_the_page_needs_no_network_and_escapes_names() -> None:
     assert said["command"].startswith("care convert a <model> & more OUT --recipe best --kv-budget 0.375")
 
 
+def test_texts_are_cut_where_they_part() -> None:
+    (run,) = render(CONVERSION, [("texts.json", WRITTEN)])[1]["generations"]
+    parted, same = run.pop("prompts")
+    assert run == {"source": "src", "converted": "out", "max_new_tokens": 48, "chat": False, "dtype": "bfloat16"}
+    assert parted == {
+        "prompt": "2 < 3\nand", "same_tokens": 5, "num_tokens": 48, "common": " <b>so</b>\n  o",
+        "source_rest": "n & on", "converted_rest": "ff",
+    }  # fmt: skip
+    assert (same["common"], same["source_rest"], same["converted_rest"]) == (" the same", "", "")
+    assert render(CONVERSION, [("compare.json", COMPARED)])[1]["generations"] == []
+
+
+def test_the_current_directory_has_a_name_on_the_page() -> None:
+    here = {**WRITTEN, "models": ["..", "."], "against": "..", "generations": []}
+    (run,) = render(CONVERSION, [("texts.json", here)])[1]["generations"]
+    assert (run["source"], run["converted"]) == ("source", "converted")
+
+
+def test_the_page_shows_texts_side_by_side_and_escaped() -> None:
+    html, _ = render(CONVERSION, [("texts.json", WRITTEN), ("again.json", {**WRITTEN, "chat": True})])
+    assert html.count("What they write") == 1
+    first = html[html.index("What they write") : html.index("<h2>Cache")]
+    assert '<p class="prompt">2 &lt; 3\nand</p>' in first
+    common = " &lt;b&gt;so&lt;/b&gt;\n  o"
+    assert f'<td>{common}<span class="parted">n &amp; on</span></td><td>{common}<span class="parted">ff</span>' in first
+    assert "<b>" not in first
+    assert ".pair td, .prompt { white-space: pre-wrap; overflow-wrap: anywhere; }" in html
+    assert ".parted { text-decoration: underline" in html
+    said = [" ".join(text.split()) for text in Page(first).texts]
+    assert said.count("same for 5 of 48 tokens") == said.count("same for 9 of 9 tokens") == 2
+    assert said.count("source: src") == said.count("converted: out") == 4
+    for template in ("with", "without"):
+        note = f"Greedy decoding of at most 48 tokens, {template} the chat template, bfloat16."
+        assert sum(text.startswith(note) for text in said) == 1
+    assert "What they write" not in render(CONVERSION)[0]
+
+
+def test_texts_of_one_model_are_refused_with_the_remedy() -> None:
+    alone = {**WRITTEN, "models": ["x/out"], "against": None}
+    with pytest.raises(
+        BadInput, match=r"texts\.json has the texts of one model; care generate OUT PROMPT --against SRC"
+    ):
+        render(CONVERSION, [("texts.json", alone)])
+
+
 def test_the_page_is_the_same_every_time() -> None:
     assert render(CONVERSION)[0] == render(CONVERSION)[0]
 
@@ -127,7 +187,14 @@ def test_methods_without_nats_show_errors() -> None:
     assert "relative errors" in html
 
 
-@pytest.mark.parametrize("result", [{}, {"texts": {"a": {}}}, {"models": {"m": {"kl": None}}}, {"texts": 3}])
+@pytest.mark.parametrize(
+    "result",
+    [
+        {}, {"texts": {"a": {}}}, {"models": {"m": {"kl": None}}}, {"texts": 3}, {"generations": 3},
+        {**WRITTEN, "models": ["x/out"]}, {**WRITTEN, "generations": [{"prompt": "a", "texts": {"hub/src": "b"}}]},
+        {"model": "x/out", "prompt": "of an older version", "text": "of one model"},
+    ],
+)  # fmt: skip
 def test_other_json_is_refused_by_name(result: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=r"other\.json is not the JSON of care eval --against or care compare"):
+    with pytest.raises(BadInput, match=rf"other\.json {OTHER_KIND}"):
         render(CONVERSION, [("other.json", result)])

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..calibration import MOST_WINDOWS
 from ..errors import BadInput, InvalidRecipe
@@ -151,6 +153,12 @@ def emit(result: Mapping[str, Any], json_file: str | None, *shown: object) -> No
     if json_file is not None:
         with writing(Path(json_file)):
             Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def verbatim(text: str, style: str = "") -> Text:
+    """Text of a model or a user as it is: no markup, and control characters shown as such, not obeyed."""
+    obeyed = (c for c in set(text) - set("\t\n\r") if unicodedata.category(c) == "Cc")
+    return Text(text.translate(dict.fromkeys(map(ord, obeyed), "\N{REPLACEMENT CHARACTER}")), style)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:

@@ -42,13 +42,16 @@ from .console import (
     table,
     window_options,
 )
-from .models import load_models
+from .models import load_models, refuse_other, refuse_other_tokenizers
 
 HARNESS_COLUMNS = ("model", "task", "rows", "metric", "value", "± se")
 TASK_COLUMNS = ("model", "task", "rows", "acc", "± se", "acc_norm", "± se")
 COLUMNS = ("model", "perplexity", "KL", "top-1", "cache B/token", "s")
 POSITION_COLUMNS = ("model", "position", "predictions", "perplexity", "KL", "top-1")
 BITS_COLUMNS = ("model", "bits/byte", "bytes", "predictions", "cache B/token")
+
+PER_TOKEN = "KL, top-1 and perplexity per token cannot be compared; --bits-per-byte can"
+"""What cannot be done with models that have other tokens, and the remedy."""
 
 NEAR = 0.5
 """How like a name must be to be offered in the place of one that is not there."""
@@ -103,7 +106,7 @@ def command(
         spans, windows_BT = common_spans(tokenizers, content, window, windows, skip), None
         windows = len(next(iter(spans.values())))
     else:
-        _refuse_other("tokenizer", {name: t.get_vocab() for name, t in tokenizers.items()})
+        refuse_other_tokenizers(tokenizers, PER_TOKEN)
         tokens_T = tokenize(tokenizers[names[0]], content)
         windows = whole_windows(len(tokens_T), window) if windows is None else windows
         spans, windows_BT = {}, first_windows(tokens_T, window, windows)
@@ -114,7 +117,7 @@ def command(
     if windows_BT is None:
         records, shown = _by_bytes(measure_bits(runs, spans, track=rich_track), cache, title)
     else:
-        _refuse_other("vocabulary size", {name: loaded.config.vocab_size for name, loaded in models.items()})
+        refuse_other("vocabulary size", {name: m.config.vocab_size for name, m in models.items()}, PER_TOKEN)
         num_bytes = predicted_bytes(tokenizers[names[0]], windows_BT, skip)
         quality = measure(runs, windows_BT, reference=against, skip=skip, track=rich_track)
         records, shown = _by_tokens(quality, num_bytes, cache, title)
@@ -142,17 +145,6 @@ def _task_files(tasks: str | None) -> list[Path]:
             hint = f"did you mean {' or '.join(near)}?" if near else f"{path.parent} has no .jsonl file of a like name"
             raise BadInput(f"no such task file: {path}; {hint}")
     return paths
-
-
-def _refuse_other(what: str, found: Mapping[str, object]) -> None:
-    """Figures per token can be compared only where tokens are the same."""
-    (first, expected), *others = found.items()
-    for name, value in others:
-        if value != expected:
-            raise BadInput(
-                f"{name} has another {what} than {first}, so KL, top-1 and perplexity per token cannot be compared; "
-                "--bits-per-byte can"
-            )
 
 
 def _by_bytes(

@@ -9,6 +9,7 @@ from ..engines import engine_verdicts
 from ..errors import BadInput
 from ..output import writing
 from ..report import render
+from ..report.facts import MEASURED_BY
 from .console import emit, json_option, out
 
 
@@ -17,13 +18,13 @@ from .console import emit, json_option, out
 @click.argument("page", metavar="PAGE.html", type=click.Path(path_type=Path))
 @click.option(
     "--measured", multiple=True, type=click.Path(path_type=Path),
-    help="JSON of care eval --against or care compare; may be given again.",
+    help=f"JSON of {MEASURED_BY}; may be given again.",
 )  # fmt: skip
 @json_option
 def command(model: Path, page: Path, measured: tuple[Path, ...], json_file: str | None) -> None:
     """Write one HTML file on the converted model OUT that needs no network.
 
-    What each layer caches and gives up, cache sizes, measurements and how to make it again.
+    What each layer caches and gives up, cache sizes, measurements, texts and how to make it again.
     """
     if not (model / CONVERSION_NAME).is_file():
         raise BadInput(f"{model} is not a converted model; care convert makes one")

@@ -1,4 +1,4 @@
-"""What a report says, as plain data: of conversion.json, and of what `care eval` and `care compare` measured."""
+"""What a report says, as plain data: of conversion.json, and of the JSON of other commands."""
 
 import math
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
+from .writing import generations
 
 CONTEXTS = (4096, 32_768, 131_072)
 GPUS = (1, 2, 4, 8)
@@ -15,6 +16,9 @@ GPUS = (1, 2, 4, 8)
 
 SCALE_BYTES = 2
 """One 16-bit scale per quantized vector: per head in the source, per token in a latent."""
+
+MEASURED_BY = "care eval --against, care compare or care generate --against"
+"""What writes the JSON that a report takes."""
 
 OWNER_AND_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
@@ -39,7 +43,8 @@ class Measured:
 
 def facts(conversion: Mapping[str, Any], results: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """Everything on the page but its pictures. `results` are JSON files by name; BadInput for one of another kind."""
-    rows = [row for name, result in results for row in _rows(name, result, conversion)]
+    read = [_read(name, result, conversion) for name, result in results]
+    rows = [row for figures, _ in read for row in figures]
     return {
         "source": source_name(conversion),
         "recipe": conversion["recipe"],
@@ -51,6 +56,7 @@ def facts(conversion: Mapping[str, Any], results: Sequence[tuple[str, Mapping[st
         "cache": cache_rows(conversion),
         "quantized": quantized_rows(conversion),
         "measured": [vars(row) for row in rows],
+        "generations": [run for _, texts in read for run in texts],
         "losses": losses(conversion["layers"]),
         "command": conversion_command(conversion),
     }
@@ -142,13 +148,16 @@ def conversion_command(conversion: Mapping[str, Any], recipe: str | None = None,
     return " \\\n    ".join(parts)
 
 
-def _rows(name: str, result: Mapping[str, Any], conversion: Mapping[str, Any]) -> list[Measured]:
+def _read(
+    name: str, result: Mapping[str, Any], conversion: Mapping[str, Any]
+) -> tuple[list[Measured], list[dict[str, Any]]]:
+    """Figures and texts of one file, which has the one or the other."""
     try:
-        if "texts" in result:
-            return _compared(result, conversion)
-        return _evaluated(result)
-    except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise BadInput(f"{name} is not the JSON of care eval --against or care compare") from error
+        if "generations" in result:
+            return [], [generations(name, result)]
+        return _compared(result, conversion) if "texts" in result else _evaluated(result), []
+    except (KeyError, TypeError, AttributeError, ValueError, StopIteration) as error:
+        raise BadInput(f"{name} is not the JSON of {MEASURED_BY}") from error
 
 
 def _compared(result: Mapping[str, Any], conversion: Mapping[str, Any]) -> list[Measured]:

@@ -16,7 +16,7 @@ def render(
 ) -> tuple[str, dict[str, Any]]:
     """The page, and its facts as plain data.
 
-    `conversion` is a checkpoint's conversion.json, `results` are JSON files of care eval and care compare by
+    `conversion` is a checkpoint's conversion.json, `results` are JSON files of care eval, compare and generate by
     name, `engines` which engines take the checkpoint. BadInput for other JSON, or without matplotlib and jinja2.
     """
     try:
