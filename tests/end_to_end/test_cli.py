@@ -274,6 +274,7 @@ def test_text_too_short(tiny: TinyModels, care_main: Run, tmp_path: Path) -> Non
     assert_refused(care_main("calibrate", source, out, "--text", text), words, out)
     words = "the text has 9 tokens, less than one window of 1024"
     assert_refused(care_main("eval", source, "--text", text), words, out)
+    words = "short.txt has 9 tokens, less than one window of 1024"
     assert_refused(care_main("compare", source, "--text", text, "--recipes", "palu"), words, out)
 
 
