@@ -8,7 +8,6 @@ trained model itself. One threshold over all layers says which of them stay; rop
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from care.allocation.threshold import Threshold
-from care.factorization import TwoSided
+from care.factorization import Problem, TwoSided
 from care.healing.parametrization import native_layers
-from care.linalg import output_energies, principal_outputs, shrink, symmetric_root
+from care.linalg import shrink
 from care.modeling.loading import load_model, locate
 from care.output import partial_of
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A layer's up-projections, keys above values, with the metrics of the latent and of what is read from it.
-
-    Where all keys are in rope slots there are values alone.
-    """
-
-    up_ER: Tensor
-    latent_RR: Tensor
-    output_EE: Tensor
-
-    def energies(self) -> Tensor:
-        """What each direction is worth, descending, in nats times two."""
-        return output_energies(self.up_ER, self.latent_RR, self.output_EE)
-
-    def cut(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The best smaller latent: its map from the present one (r, R), and up-projections (E, r)."""
-        root = symmetric_root(self.output_EE)
-        whitened_ER = root.root_MM @ self.up_ER
-        basis_Er = principal_outputs(whitened_ER, self.latent_RR).basis_MS[:, :rank]
-        return basis_Er.T @ whitened_ER, root.inverse_MM @ basis_Er
 
 
 class _Moments:
@@ -71,18 +47,16 @@ class _Moments:
         rows = torch.cat([self._gradients[name] for name in readers(self._module)], -1).flatten(0, -2)
         self._output = self._output + (rows.T @ rows).double()
 
-    def weighed(self) -> Weighed:
-        """With the shrinkage of the two-sided method; keys and values are shrunk apart."""
+    def problem(self) -> Problem:
+        """The up-projections, keys above values, in the metrics of the latent and of what is read from it."""
         assert isinstance(self._latent, Tensor)
         assert isinstance(self._output, Tensor)
-        a = TwoSided.gradient_shrinkage
+        method = TwoSided()
         ups = [self._module.get_submodule(name).weight.detach().double() for name in readers(self._module)]
-        output_EE = self._output / self._num_tokens
-        sizes = [part.mean().expand(len(part)) for part in output_EE.diagonal().split([len(up) for up in ups])]
-        return Weighed(
+        return Problem(
             torch.cat(ups),
-            shrink(self._latent / self._num_tokens, TwoSided.shrinkage),
-            (1 - a) * output_EE + a * torch.cat(sizes).diag(),
+            shrink(self._latent / self._num_tokens, method.shrinkage),
+            method.shrunk_gradients(self._output / self._num_tokens, [len(up) for up in ups]),
         )
 
 
@@ -91,7 +65,7 @@ def readers(module: Any) -> list[str]:  # noqa: ANN401
     return ["k_b_proj", "v_b_proj"] if module.shape.key_rank else ["v_b_proj"]
 
 
-def weigh(model: Any, windows_BT: Tensor, seed: int) -> dict[str, Weighed]:  # noqa: ANN401
+def weigh(model: Any, windows_BT: Tensor, seed: int) -> dict[str, Problem]:  # noqa: ANN401
     """Every layer of a model whose keys and values share a latent, on labels drawn from the model itself."""
     model.requires_grad_(requires_grad=False)
     model.get_input_embeddings().requires_grad_()  # so that gradients are asked for at all
@@ -104,37 +78,35 @@ def weigh(model: Any, windows_BT: Tensor, seed: int) -> dict[str, Weighed]:  # n
         (-logp_TV.gather(1, labels_T1).sum()).backward()
         for layer in moments.values():
             layer.take()
-    return {path: layer.weighed() for path, layer in moments.items()}
+    return {path: layer.problem() for path, layer in moments.items()}
 
 
 def choose_again(directory: Path, windows_BT: Tensor, widths: int, out: Path, *, seed: int = 0) -> list[int]:
     """Write the model in `directory` to `out` with layers that cache `widths` values in all; the new ranks."""
     model = load_model(locate(str(directory)), dtype=torch.float32)
     layers = dict(native_layers(model))
-    weighed = weigh(model, windows_BT, seed)
-    choices = [
-        {layers[path].shape.rope_dim // 2: (0.0, one.energies()[: one.up_ER.shape[1]])} for path, one in weighed.items()
-    ]
+    problems = weigh(model, windows_BT, seed)
+    choices = [{layers[path].shape.rope_dim // 2: (0.0, problem.energies())} for path, problem in problems.items()]
     ranks = [rank for _, rank in Threshold().choose(choices, widths)]
     tied = set(model.all_tied_weights_keys)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    for (path, one), rank in zip(weighed.items(), ranks, strict=True):
-        tensors |= _cut_tensors(path, layers[path], one, rank)
+    for (path, problem), rank in zip(problems.items(), ranks, strict=True):
+        tensors |= _cut_tensors(path, layers[path], problem, rank)
     _write(directory, out, {name: tensor.contiguous() for name, tensor in tensors.items()}, ranks)
     return ranks
 
 
-def _cut_tensors(path: str, module: Any, one: Weighed, rank: int) -> dict[str, Tensor]:  # noqa: ANN401
+def _cut_tensors(path: str, module: Any, problem: Problem, rank: int) -> dict[str, Tensor]:  # noqa: ANN401
     """A layer's tensors that change."""
     assert {module.shape.key_rank or module.shape.value_rank, module.shape.value_rank} == {module.shape.kv_lora_rank}
     assert module.kv_a_proj_with_mqa.bias is None
-    map_rR, up_Er = one.cut(rank)
+    solved = problem.solve(rank)
     down = module.kv_a_proj_with_mqa.weight.detach()
     latent, rope = down[: module.shape.kv_lora_rank], down[module.shape.kv_lora_rank :]
     names = readers(module)
-    ups = up_Er.split([len(module.get_submodule(name).weight) for name in names])
+    ups = solved.up_MR.split([len(module.get_submodule(name).weight) for name in names])
     return {
-        f"{path}.kv_a_proj_with_mqa.weight": torch.cat(((map_rR @ latent.double()).to(down), rope)),
+        f"{path}.kv_a_proj_with_mqa.weight": torch.cat(((solved.down_RX @ latent.double()).to(down), rope)),
         **{f"{path}.{name}.weight": up.to(down) for name, up in zip(names, ups, strict=True)},
     }
 

@@ -31,3 +31,8 @@ class Interrupted(CareError):
 
 class Diverged(CareError):
     """Training met a loss that is not a number; what was good before it is kept."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, as part of one line; its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from ..errors import BadInput
+from ..errors import BadInput, first_line
 
 C4_VALID_ROWS = 1100
 """Documents of C4's validation set that are measured on."""
@@ -40,8 +40,9 @@ class HubText:
         try:
             found = datasets.load_dataset(self.path, split=self.split, **self.more)
         except Exception as error:  # errors of whatever fetches files come through as they are
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadInput(f"cannot fetch the text {name} from the hub ({reason}); give a file instead") from error
+            raise BadInput(
+                f"cannot fetch the text {name} from the hub ({first_line(error)}); give a file instead"
+            ) from error
         chosen = found if self.rows is None else found.select(range(min(self.rows, len(found))))
         return self.joint.join(chosen[self.column])
 

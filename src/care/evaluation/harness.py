@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from ..errors import BadInput, first_line
 from ..progress import Track, silent
 from .tasks import Row, load_task
 
@@ -106,8 +106,7 @@ def _load(manager: Any, spec: str | Mapping[str, Any]) -> list[Any]:  # noqa: AN
     try:
         found = manager.load([spec])
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"task {name} cannot be loaded ({reason}); give its rows as a .jsonl file") from error
+        raise BadInput(f"task {name} cannot be loaded ({first_line(error)}); give its rows as a .jsonl file") from error
     for task in found["tasks"].values():
         if task.OUTPUT_TYPE not in ANSWERED_BY:
             raise BadInput(f"task {task.task_name} is {task.OUTPUT_TYPE}; --harness runs {' and '.join(ANSWERED_BY)}")

@@ -1,7 +1,7 @@
 """Factorization methods, by the name that a recipe uses. See docs/add-method.md."""
 
 from .asvd import Asvd
-from .base import Factorizer, Factors, Lost, factorize, layer_energies
+from .base import Factorizer, Factors, Lost, Problem, Solved, factorize, layer_energies
 from .svd import Svd
 from .two_sided import TwoSided
 from .whitened import Whitened
@@ -14,6 +14,8 @@ __all__ = [
     "Factorizer",
     "Factors",
     "Lost",
+    "Problem",
+    "Solved",
     "Svd",
     "TwoSided",
     "Whitened",

@@ -72,7 +72,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """One map to approximate in one latent: outputs (M, X), input metric, and output metric."""
 
     weight_MX: Tensor
@@ -93,18 +93,18 @@ class _Problem:
         """Squared singular values of the whitened map, descending."""
         return output_energies(self.weight_MX, self.metric_XX, self.output_MM)
 
-    def solve(self, rank: int) -> "_Solved":
+    def solve(self, rank: int) -> "Solved":
         """The best approximation of a rank; ValueError if the rank cannot be had."""
         spectrum = principal_outputs(self.whitened, self.metric_XX)
         basis_MR = spectrum.basis_MS[:, :rank]
         if basis_MR.shape[1] < rank:
             raise ValueError(f"rank {rank} asked of a map with {basis_MR.shape[1]} directions")
         up_MR = basis_MR if self.root is None else self.root.inverse_MM @ basis_MR
-        return _Solved(basis_MR.T @ self.whitened, up_MR, spectrum.energy_S)
+        return Solved(basis_MR.T @ self.whitened, up_MR, spectrum.energy_S)
 
 
 @dataclass(frozen=True)
-class _Solved:
+class Solved:
     """One map in one latent: down (R, X), up (M, R), and all energies that there were (S)."""
 
     down_RX: Tensor
@@ -122,13 +122,13 @@ def _parts(output_MM: Tensor | None, num_keys: int) -> tuple[Tensor | None, Tens
     return (None, None) if output_MM is None else (output_MM[:num_keys, :num_keys], output_MM[num_keys:, num_keys:])
 
 
-def _problems(method: Factorizer, targets: Targets, output_MM: Tensor | None) -> list[_Problem]:
+def _problems(method: Factorizer, targets: Targets, output_MM: Tensor | None) -> list[Problem]:
     """One problem for a joint latent, else one for keys and one for values."""
     if method.joint:
-        return [_Problem(targets.stacked, targets.metric_XX, output_MM)]
+        return [Problem(targets.stacked, targets.metric_XX, output_MM)]
     maps, parts = (targets.keys_MX, targets.values_EX), _parts(output_MM, len(targets.keys_MX))
     # Keys that are all in slots leave a map without rows, and nothing to weigh it by.
-    return [_Problem(w, targets.metric_XX, part if len(w) else None) for w, part in zip(maps, parts, strict=True)]
+    return [Problem(w, targets.metric_XX, part if len(w) else None) for w, part in zip(maps, parts, strict=True)]
 
 
 def layer_energies(

@@ -6,6 +6,7 @@ Kronecker-factored Fisher of K-FAC, arXiv 1503.05671). Squared singular values o
 loss, comparable across layers and between keys and values.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,8 +48,12 @@ class TwoSided:
         if stats is None or stats.gradient_moment_EE is None:
             raise ValueError("two-sided needs gradient moments")
         E = len(targets.values_EX)
-        a, diagonal = self.gradient_shrinkage, stats.gradient_moment_EE.diagonal()
-        sizes = torch.cat([part.mean().expand(E) for part in diagonal.split(E)])
-        moment = (1 - a) * stats.gradient_moment_EE + a * sizes.diag()
+        moment = self.shrunk_gradients(stats.gradient_moment_EE, [E, E])
         carry = torch.block_diag(targets.error_EM, torch.eye(E, dtype=torch.float64))
         return carry.T @ moment @ carry
+
+    def shrunk_gradients(self, moment_EE: Tensor, parts: Sequence[int]) -> Tensor:
+        """A moment of several parts' gradients, each pulled towards its own mean square."""
+        a, diagonal_E = self.gradient_shrinkage, moment_EE.diagonal()
+        sizes_E = torch.cat([part.mean().expand(len(part)) for part in diagonal_E.split(list(parts))])
+        return (1 - a) * moment_EE + a * sizes_E.diag()

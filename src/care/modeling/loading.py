@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..checkpoint import read_json
-from ..errors import BadInput
+from ..errors import BadInput, first_line
 from .native import register
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -57,7 +57,7 @@ def locate(model: str) -> Location:
     try:
         return Location(Path(snapshot_download(model, allow_patterns=list(HUB_FILES))))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise BadInput(f"{model} is neither a local path nor a model that the hub gave ({reason})") from error
 
 
@@ -68,7 +68,7 @@ def load_config(location: Location) -> dict[str, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(location.directory, **location.arguments())
     except (*UNREADABLE, struct.error) as error:
-        raise BadInput(f"cannot read {location.gguf_file}: {_first_line(error)}") from error
+        raise BadInput(f"cannot read {location.gguf_file}: {first_line(error)}") from error
     return config.to_dict()
 
 
@@ -77,7 +77,7 @@ def check_device(device: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"no device {device!r} here ({_first_line(error)}); use --device cpu") from error
+        raise BadInput(f"no device {device!r} here ({first_line(error)}); use --device cpu") from error
     return device
 
 
@@ -91,7 +91,7 @@ def load_model(location: Location, *, dtype: torch.dtype, device: str = "cpu") -
             **_weights_argument(location),
         )  # fmt: skip
     except (*UNREADABLE, struct.error, SafetensorError) as error:
-        raise BadInput(f"cannot load {location.directory}: {_first_line(error)}") from error
+        raise BadInput(f"cannot load {location.directory}: {first_line(error)}") from error
     model, report = loaded
     if report["missing_keys"]:
         # transformers would go on with random weights in their place.
@@ -115,7 +115,7 @@ def expected_shapes(location: Location) -> dict[str, tuple[int, ...]]:
         return checkpoint_shapes(transformers.AutoConfig.from_pretrained(location.directory, **location.arguments()))
     except UNREADABLE as error:
         named = location.directory / (location.gguf_file or "config.json")
-        raise BadInput(f"cannot make sense of {named}: {_first_line(error)}") from error
+        raise BadInput(f"cannot make sense of {named}: {first_line(error)}") from error
 
 
 def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN401 - a transformers config
@@ -130,10 +130,6 @@ def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:  # noqa: ANN40
 def checkpoint_layout(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # noqa: ANN401
     """A model's tensors by their names in checkpoints."""
     return revert_weight_conversion(model, state)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def tokenize(tokenizer: Any, text: str) -> torch.Tensor:  # noqa: ANN401
@@ -153,4 +149,4 @@ def load_tokenizer(location: Location) -> Any:  # noqa: ANN401
     try:
         return transformers.AutoTokenizer.from_pretrained(location.directory, **location.arguments())
     except UNREADABLE as error:
-        raise BadInput(f"no usable tokenizer in {location.directory}: {_first_line(error)}") from error
+        raise BadInput(f"no usable tokenizer in {location.directory}: {first_line(error)}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .writing import generations
+from .writing import generations, last_part
 
 CONTEXTS = (4096, 32_768, 131_072)
 GPUS = (1, 2, 4, 8)
@@ -69,7 +69,7 @@ def source_name(conversion: Mapping[str, Any]) -> str:
     source = conversion["source"]
     if "source_hub_id" not in conversion and OWNER_AND_NAME.fullmatch(source):
         return source  # an older version did not tell a hub id from a relative path
-    return Path(source).name.strip(".") or "source"
+    return last_part(source, "source")
 
 
 def saving(conversion: Mapping[str, Any]) -> str:

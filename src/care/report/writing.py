@@ -30,8 +30,8 @@ def generations(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
         raise BadInput(f"{name} has the texts of one model; care generate OUT PROMPT --against SRC writes those of two")
     source, converted = result["models"]
     return {
-        "source": _last_part(source, "source"),
-        "converted": _last_part(converted, "converted"),
+        "source": last_part(source, "source"),
+        "converted": last_part(converted, "converted"),
         "max_new_tokens": result["max_new_tokens"],
         "chat": result["chat"],
         "dtype": result["dtype"],
@@ -39,7 +39,7 @@ def generations(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _last_part(model: str, otherwise: str) -> str:
+def last_part(model: str, otherwise: str) -> str:
     """A model without where it lies; `otherwise` for a directory such as the current one."""
     return Path(model).name.strip(".") or otherwise
 
