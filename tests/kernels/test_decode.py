@@ -38,10 +38,11 @@ SHAPES = [
 """Powers of two and not, one tile and two, no rope, more heads than a block holds."""
 
 
-def queries(shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Absorbed queries (B, H, R + P)."""
+def queries(shape: Shape, dtype: torch.dtype = torch.float32, num: int = len(LENGTHS)) -> tuple[Tensor, Tensor]:
+    """Absorbed queries (B, H, R) and (B, H, P), views of one tensor."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(len(LENGTHS), shape.H, shape.R + shape.P, generator=generator).to(DEVICE, dtype)
+    both = torch.randn(num, shape.H, shape.R + shape.P, generator=generator).to(DEVICE, dtype)
+    return both[..., : shape.R], both[..., shape.R :]
 
 
 def cache(
@@ -60,7 +61,7 @@ def cache(
         made = replace(made, entries=data.contiguous().to(DEVICE), scales=scales.contiguous().to(DEVICE))
     else:
         for b, length in enumerate(LENGTHS):
-            made.entries[b, length:] = torch.nan
+            made.entries[b, length:] = 1e4
     return in_pages(made) if paged else made
 
 
@@ -86,7 +87,7 @@ def in_pages(made: Cached) -> Cached:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fp32(shape: Shape, rope_first: bool, paged: bool) -> None:
     query, cached = queries(shape), cache(shape, rope_first=rope_first, paged=paged)
-    assert_close(decode(query, cached, 0.1), reference_decode(query, cached, 0.1), "fp32 attention")
+    assert_close(decode(*query, cached, 0.1), reference_decode(*query, cached, 0.1), "fp32 attention")
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -97,7 +98,7 @@ def test_quantized(shape: Shape, quantizer: str, paged: bool) -> None:
     for rope_first in (False, True):
         cached = cache(shape, quantizer=quantizer, rope_first=rope_first, paged=paged)
         query = queries(shape)
-        assert_close(decode(query, cached, 0.02), reference_decode(query, cached, 0.02), "fp32 attention")
+        assert_close(decode(*query, cached, 0.02), reference_decode(*query, cached, 0.02), "fp32 attention")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)])
@@ -105,7 +106,7 @@ def test_quantized(shape: Shape, quantizer: str, paged: bool) -> None:
 def test_sixteen_bits(shape: Shape, dtype: torch.dtype) -> None:
     """Products of 16 bits, sums of 32. Triton's interpreter multiplies bf16 as if it were integers (3.9.0)."""
     query, cached = queries(shape, dtype), cache(shape, dtype, rope_first=True, paged=True)
-    assert_close(decode(query, cached, 0.1), reference_decode(query, cached, 0.1), "bf16 attention")
+    assert_close(decode(*query, cached, 0.1), reference_decode(*query, cached, 0.1), "bf16 attention")
 
 
 @NEEDS_GPU
@@ -120,16 +121,16 @@ def test_compiled_for_a_long_context(shape: Shape, quantizer: str | None) -> Non
     if quantizer:
         data, scales = QUANTIZERS[quantizer].views(QUANTIZERS[quantizer].encode(entries, cached.parts), cached.parts)
         cached = replace(cached, entries=data.contiguous(), scales=scales.contiguous())
-    query = torch.randn(2, shape.H, shape.R + shape.P, generator=generator, device=DEVICE).bfloat16()
-    assert_close(decode(query, cached, 0.05), reference_decode(query, cached, 0.05), "bf16 attention")
+    query = queries(shape, torch.bfloat16, 2)
+    assert_close(decode(*query, cached, 0.05), reference_decode(*query, cached, 0.05), "bf16 attention")
 
 
 def test_a_mismatch_is_refused() -> None:
     shape = Shape(2, 32, 16)
     cached = cache(shape, rope_first=False, paged=False)
     with pytest.raises(ValueError, match="do not fit"):
-        decode(queries(Shape(2, 32, 8)), cached, 1.0)
+        decode(*queries(Shape(2, 32, 8)), cached, 1.0)
     with pytest.raises(ValueError, match="need scales if quantized"):
-        decode(queries(shape), replace(cached, entries=cached.entries.to(torch.int8)), 1.0)
+        decode(*queries(shape), replace(cached, entries=cached.entries.to(torch.int8)), 1.0)
     with pytest.raises(ValueError, match="contiguous"):
-        decode(queries(shape).mT.contiguous().mT, cached, 1.0)
+        decode(*(query.mT.contiguous().mT for query in queries(shape)), cached, 1.0)

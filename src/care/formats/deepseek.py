@@ -148,7 +148,7 @@ class Deepseek:
         if name == HEAD and tied:
             return {}
         if name == EMBEDDING:
-            head = {HEAD: tensor.to(target.dtype)} if tied else {}
+            head = {HEAD: tensor.to(target.dtype, copy=True)} if tied else {}  # a file holds no tensor twice
             return {name: _scaled(tensor, residual_scale(target), target.dtype), **head}
         factor = residual_scale(target) if name.endswith(DOWN) else 1.0
         return {name: _scaled(tensor, factor, target.dtype)}

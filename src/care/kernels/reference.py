@@ -6,16 +6,18 @@ from torch import Tensor
 from .cached import Cached
 
 
-def reference_decode(query_BHC: Tensor, cached: Cached, scale: float) -> Tensor:
+def reference_decode(q_latent_BHR: Tensor, q_rope_BHP: Tensor, cached: Cached, scale: float) -> Tensor:
     """One query token of each sequence attends to its cache: (B, H, R) in fp32.
 
-    Queries are absorbed, in the column order of the entries; values are the entries' latents.
+    Queries are absorbed, one part for the latent and one for the rotary key; values are the entries' latents.
     """
-    mixed_BHR = torch.zeros(*query_BHC.shape[:2], cached.rank, device=query_BHC.device)
-    for b, query_HC in enumerate(query_BHC.float()):
+    mixed_BHR = torch.zeros(q_latent_BHR.shape, device=q_latent_BHR.device)
+    for b in range(len(mixed_BHR)):
         entries_TC = sequence_entries(cached, b)
-        weights_HT = (query_HC @ entries_TC.T * scale).softmax(-1)
-        mixed_BHR[b] = weights_HT @ entries_TC[:, cached.latent_start : cached.latent_start + cached.rank]
+        latents_TR = entries_TC[:, cached.latent_start : cached.latent_start + cached.rank]
+        keys_TP = entries_TC[:, cached.rope_start : cached.rope_start + cached.rope_dim]
+        scores_HT = q_latent_BHR[b].float() @ latents_TR.T + q_rope_BHP[b].float() @ keys_TP.T
+        mixed_BHR[b] = (scores_HT * scale).softmax(-1) @ latents_TR
     return mixed_BHR
 
 
