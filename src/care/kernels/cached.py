@@ -11,7 +11,8 @@ class Cached:
 
     `lengths_B` is the number of tokens of each sequence, at least 1. Entry t of sequence b is in page
     `table_BN[b, t // page size]`. Quantized entries (int8, float8_e4m3fn) have a scale for each part, in the order of
-    the parts: (..., 2), or (..., 1) where P is 0. The last dim of every tensor is contiguous.
+    the parts: (..., 2), or (..., 1) where P is 0. The last dim of every tensor is contiguous. What lies behind the end of a
+    sequence is read in whole tiles and weighs nothing; it must be finite.
     """
 
     entries: Tensor
@@ -26,6 +27,16 @@ class Cached:
     def rope_dim(self) -> int:
         """Width of the shared rotary key: P."""
         return self.entries.shape[-1] - self.rank
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page; 0 where there are none."""
+        return 0 if self.table_BN is None else self.entries.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of a sequence."""
+        return self.entries.shape[1] if self.table_BN is None else self.page_size * self.table_BN.shape[1]
 
     @property
     def latent_start(self) -> int:
