@@ -3,7 +3,8 @@
 One step is the attention of all layers for one new token of every sequence, weights random, without what both models
 share (projections of queries and outputs, MLPs). MLA includes absorbing queries and expanding values. Caches do not fit
 the L2: layers lie side by side in memory, as many as there is room for, and are gone through in turn. The bound is the
-bytes of the cache over the memory bandwidth measured in the same run.
+bytes of the cache over the memory bandwidth measured in the same run, the faster of a copy and of a sum. What has to be
+compiled is compiled first, by processes side by side, and timed afterwards by one.
 
 Needs torch, Triton and this repository, nothing else:
 
@@ -16,12 +17,14 @@ nothing.
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,11 @@ class Model:
         """One width for all layers."""
         return [(self.R, self.P)] * self.layers
 
+    def half(self) -> list[tuple[int, int]]:
+        """Half of the source's cache, one width for all layers."""
+        width = self.G * self.K
+        return [(width - 128, 128)] * self.layers
+
     def by_layer(self) -> list[tuple[int, int]]:
         """Widths that vary over layers as in PROFILE, with means near R and P."""
         mean_P, mean_R = (sum(column) / len(PROFILE) for column in zip(*PROFILE, strict=True))
@@ -81,7 +89,19 @@ class Model:
 
 MODELS = {"llama-3.1-8b": Model(32, 32, 8, 128, 512, 64), "qwen3-4b": Model(36, 32, 8, 128, 512, 64)}
 CONTEXTS, BATCHES = (2048, 8192, 32768, 131072), (1, 4, 16, 64)
-SMOKE_MODELS = {"tiny": Model(3, 4, 2, 16, 32, 16)}
+TIMED_SECONDS, MOST_REPEATS = 0.1, 20
+"""A step is repeated for so long, or so often."""
+
+FLEX_CONTEXT = 32768
+"""Least context that flex attention is tried at: each size takes it seconds to compile."""
+
+WORKERS = 14
+"""Processes that compile."""
+
+Size = tuple[int, int]
+"""Context and batch."""
+
+SMOKE_MODELS = {"tiny": Model(3, 4, 2, 96, 32, 16)}
 SMOKE_CONTEXTS, SMOKE_BATCHES = (40, 64), (1, 2)
 
 
@@ -100,7 +120,7 @@ class Memory:
         return [self._block[i % there * size :][:slot_bytes] for i in range(count)] if there else []
 
 
-def seconds(step: Step, device: str, repeats: int) -> float:
+def seconds(step: Step, device: str) -> float:
     """Time of a step: on a GPU from a recorded graph, so that starting kernels from Python is not what is timed."""
     step()
     if device == "cpu":
@@ -116,20 +136,40 @@ def seconds(step: Step, device: str, repeats: int) -> float:
     with torch.cuda.graph(graph):
         step()
     graph.replay()
+    once = events(graph.replay, 1)
+    return events(graph.replay, max(min(int(TIMED_SECONDS / once), MOST_REPEATS), 2))
+
+
+def events(step: Step, repeats: int) -> float:
+    """Time of a step by the GPU's own clock."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(repeats):
-        graph.replay()
+        step()
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1000 / repeats
 
 
-def bandwidth(device: str, num_bytes: int) -> float:
-    """Bytes a second that a copy reads and writes: the measure of what memory allows."""
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+def bandwidth(device: str, num_values: int) -> float:
+    """Bytes a second that memory allows: read and written by an addition, or read by a sum, whichever is more."""
+    source = torch.randn(num_values, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), device, 20)
+    steps = {2: lambda: torch.add(source, 1, out=target), 1: source.sum}
+    found: list[float] = []
+    for passes, step in steps.items():
+        step()
+        took = events(step, 10) if device == "cuda" else seconds(step, device)
+        found.append(4 * passes * num_values / took)
+    return max(found)
+
+
+@cache
+def flex() -> Any:  # noqa: ANN401 - what torch.compile makes
+    """Flex attention, compiled; once for all sizes."""
+    dynamo: Any = import_module("torch._dynamo")
+    dynamo.config.recompile_limit = 100
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def gqa_steps(model: Model, slots: Sequence[Tensor], B: int, T: int, memory: Memory) -> dict[str, Step]:
@@ -148,13 +188,11 @@ def gqa_steps(model: Model, slots: Sequence[Tensor], B: int, T: int, memory: Mem
 
     steps: dict[str, Step] = {"math": sdpa(SDPBackend.MATH)}
     if slots[0].is_cuda:
-        compiled: Any = torch.compile(flex_attention, dynamic=False)
-        fused = query.reshape(B, model.H, 1, K)
-        steps = {
-            "flash": sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-            "efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-            "flex": lambda: [compiled(fused, keys, values, enable_gqa=True) for keys, values in caches],
-        }  # fmt: skip
+        fused, compiled = query.reshape(B, model.H, 1, K), flex()
+        # The fourth backend, memory-efficient attention, took twice to thirty times as long as the best of these.
+        steps = {"flash": sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION)}
+        if T >= FLEX_CONTEXT:
+            steps["flex"] = lambda: [compiled(fused, keys, values, enable_gqa=True) for keys, values in caches]
     return steps
 
 
@@ -184,7 +222,7 @@ def mla_step(
     def step() -> None:
         for k_up_GKR, v_up_GKR, q_rope, cached in layers:
             absorbed = torch.einsum("bgak,gkr->bgar", q_nope, k_up_GKR).reshape(B, model.H, -1)
-            mixed = decode(torch.cat((absorbed, q_rope), -1), cached, model.K**-0.5)
+            mixed = decode(absorbed, q_rope, cached, model.K**-0.5)
             torch.einsum("bgar,gkr->bgak", mixed.view(B, model.G, -1, cached.rank), v_up_GKR)
 
     return step
@@ -204,21 +242,21 @@ class Row:
     note: str = ""
 
 
-def measured(steps: dict[str, Step], device: str, repeats: int) -> tuple[float | None, str]:
+def measured(steps: dict[str, Step], device: str) -> tuple[float | None, str]:
     """The fastest of some kernels and its name, with what the others took or said."""
     found: dict[str, float] = {}
     notes: list[str] = []
     for name, step in steps.items():
         try:
-            found[name] = seconds(step, device, repeats)
+            found[name] = seconds(step, device)
             notes.append(f"{name} {found[name]:.3g} s")
         except Exception as error:  # whatever a kernel cannot do, the others are measured
             notes.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:100]}")
     return (min(found.values()) if found else None), "; ".join(notes)
 
 
-def rows_of(name: str, model: Model, T: int, B: int, memory: Memory, speed: float, repeats: int) -> list[Row]:
-    """The source and three kinds of MLA at one size."""
+def rows_of(name: str, model: Model, T: int, B: int, memory: Memory, speed: float) -> list[Row]:
+    """The source and four kinds of MLA at one size."""
     device = str(memory.slots(CHUNK, 1)[0].device.type)
     size = memory.dtype.itemsize
     ways: list[tuple[str, list[int], Callable[[list[Tensor]], dict[str, Step]]]] = [
@@ -227,7 +265,7 @@ def rows_of(name: str, model: Model, T: int, B: int, memory: Memory, speed: floa
     fp8 = torch.float8_e4m3fn
     kinds = {
         "mla-uniform": (model.uniform(), memory.dtype), "mla-by-layer": (model.by_layer(), memory.dtype),
-        "mla-uniform-fp8": (model.uniform(), fp8),
+        "mla-uniform-fp8": (model.uniform(), fp8), "mla-half": (model.half(), memory.dtype),
     }  # fmt: skip
     for kind, (widths, dtype) in kinds.items():
         step = partial(mla_step, model, widths, B=B, T=T, memory=memory, dtype=dtype)
@@ -237,7 +275,7 @@ def rows_of(name: str, model: Model, T: int, B: int, memory: Memory, speed: floa
     rows: list[Row] = []
     for way, layer_bytes, make in ways:
         slots = memory.slots(max(layer_bytes) * B * T, model.layers)
-        took, note = measured(make(slots), device, repeats) if slots else (None, "a layer's cache does not fit")
+        took, note = measured(make(slots), device) if slots else (None, "a layer's cache does not fit")
         bound = sum(layer_bytes) * B * T / speed
         rows.append(Row(name, T, B, way, sum(layer_bytes), took, bound, note))
     return rows
@@ -270,15 +308,50 @@ def largest_error(memory: Memory) -> float:
     device = memory.slots(CHUNK, 1)[0].device
     entries = torch.randn(2, 300, 208, dtype=memory.dtype, device=device)
     cached = Cached(entries, torch.tensor([300, 77], dtype=torch.int32, device=device), 144)
-    query = torch.randn(2, 9, 208, dtype=memory.dtype, device=device)
-    return float((decode(query, cached, 0.07).float() - reference_decode(query, cached, 0.07)).abs().max())
+    query = torch.randn(2, 9, 208, dtype=memory.dtype, device=device).split([144, 64], -1)
+    (q_latent, q_rope), scale = query, 0.07
+    found = decode(q_latent, q_rope, cached, scale).float()
+    return float((found - reference_decode(q_latent, q_rope, cached, scale)).abs().max())
+
+
+def compile_ahead(sizes: Sequence[Size]) -> None:
+    """Fill the caches of compilers on the disk: flex attention of each size, our kernel at each width."""
+    model = next(iter(MODELS.values()))
+    widths = {pair for each in MODELS.values() for pair in (*each.uniform(), *each.by_layer(), *each.half())}
+    jobs = [partial(compile_flex, (T, B)) for T, B in sizes if T >= FLEX_CONTEXT]
+    jobs += [partial(compile_ours, model, pair, torch.bfloat16) for pair in sorted(widths)]
+    jobs.append(partial(compile_ours, model, model.uniform()[0], torch.float8_e4m3fn))
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(job) for job in jobs]:
+            error = future.exception()
+            if error:
+                print(f"not compiled: {str(error)[:200]}", flush=True)
+
+
+def compile_flex(size: Size) -> None:
+    """Of one context and batch; all models have the same heads."""
+    model, (T, B) = next(iter(MODELS.values())), size
+    keys, values = torch.empty(2, B, model.G, T, model.K, dtype=torch.bfloat16, device="cuda")
+    flex()(keys.new_zeros(B, model.H, 1, model.K), keys, values, enable_gqa=True)
+    torch.cuda.synchronize()
+    del keys, values
+    torch.cuda.empty_cache()
+
+
+def compile_ours(model: Model, width: Size, dtype: torch.dtype) -> None:
+    """At one width."""
+    memory = Memory(2**24, "cuda")
+    mla_step(model, [width], memory.slots(2**22, 1), 2, 1024, memory, dtype)()
+    torch.cuda.synchronize()
 
 
 def run(result: Path, device: str, *, smoke: bool) -> None:
     """All sizes; the result is written after each, as some take long."""
     models = SMOKE_MODELS if smoke else MODELS
     sizes = [(T, B) for T in (SMOKE_CONTEXTS if smoke else CONTEXTS) for B in (SMOKE_BATCHES if smoke else BATCHES)]
-    speed = bandwidth(device, 2**20 if smoke else 2**31)
+    if device == "cuda":
+        compile_ahead(sizes)
+    speed = bandwidth(device, 2**20 if smoke else 2**30)
     free = 2**24 if device == "cpu" else int(torch.cuda.mem_get_info()[0] * MEMORY_SHARE)
     memory = Memory(free, device)
     summary: dict[str, Any] = {
@@ -287,7 +360,7 @@ def run(result: Path, device: str, *, smoke: bool) -> None:
     }  # fmt: skip
     for name, model in models.items():
         for T, B in sizes:
-            rows = rows_of(name, model, T, B, memory, speed, repeats=10)
+            rows = rows_of(name, model, T, B, memory, speed)
             source = rows[0].seconds
             for row in rows:
                 ratio = source / row.seconds if source and row.seconds else None

@@ -11,8 +11,8 @@ class Cached:
 
     `lengths_B` is the number of tokens of each sequence, at least 1. Entry t of sequence b is in page
     `table_BN[b, t // page size]`. Quantized entries (int8, float8_e4m3fn) have a scale for each part, in the order of
-    the parts: (..., 2), or (..., 1) where P is 0. The last dim of every tensor is contiguous. What lies behind the end of a
-    sequence is read in whole tiles and weighs nothing; it must be finite.
+    the parts: (..., 2), or (..., 1) where P is 0. The last dim of every tensor is contiguous. What lies behind the end
+    of a sequence is read in whole tiles and weighs nothing; it must be finite.
     """
 
     entries: Tensor

@@ -1,11 +1,11 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
-"""The same flash decoding for Hopper, written in Gluon, Triton's lower language: a ring of chunks is always being filled.
+"""The same attention for Hopper, in Gluon, Triton's lower language: a ring of chunks that is always being filled.
 
-An entry is cut into chunks of 64 columns, which Hopper's copy engine brings in bulk. What Triton's own pipelining
-does not do is to have chunks of the next tile on their way while a tile is multiplied: here a slot of the ring is
-filled anew as soon as its tile is done with.
+An entry is cut into chunks of 64 columns, which Hopper's copy engine brings in bulk. Triton's own pipelining starts to
+copy the next tile after the last product of a tile and so needs three tiles of shared memory for one on its way; here a
+slot of the ring is filled anew as soon as its tile is done with, and what is free beyond one tile is on its way.
 
-Gluon is young and changes between versions of Triton; `decode` takes the kernel of `decode.py` where this one cannot be imported.
+Gluon is young and changes between versions of Triton; where this module cannot be imported, `portable` does the work.
 """
 
 from dataclasses import dataclass
@@ -32,14 +32,18 @@ from .splits import LOG2_E, Parts, num_splits
 block = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 CHUNK = 64
-"""Columns of a chunk, 128 bytes of 16-bit values, which shared memory is swizzled over; and tokens of a tile, the rows that
-Hopper's tensor cores multiply at once.
+"""Columns of a chunk, 128 bytes of 16-bit values, which shared memory is swizzled over.
+
+As many tokens are a tile: the rows that Hopper's tensor cores multiply at once.
 """
 
 SLOT_BYTES = CHUNK * CHUNK * 2
 
 RESERVED = 2048
 """Bytes of shared memory for barriers and for sums over warps."""
+
+FEW_SUMS, MOST_SUMS = 8 * 32, 14 * 32
+"""Chunks of latents times heads that four warps hold in registers without spilling, and eight."""
 
 
 @gluon.jit
@@ -125,8 +129,8 @@ def _attend(
     parts = gl.zeros([64, HEADS], gl.float32, tile_layout)
     highest = gl.full([HEADS], float("-inf"), gl.float32, head_layout)
     sums_j = ()
-    for j in gl.static_range(LATENTS):
-        sums_j = sums_j + (gl.zeros([64, HEADS], gl.float32, tile_layout),)
+    for _ in gl.static_range(LATENTS):
+        sums_j = sums_j + (gl.zeros([64, HEADS], gl.float32, tile_layout),)  # noqa: RUF005 - no * in Triton
     token = gl.arange(0, 64, row_layout)
     first = 0
     fence_async_shared()
@@ -137,9 +141,7 @@ def _attend(
         for j in gl.static_range(CHUNKS):
             slot = first + j
             slot = gl.where(slot >= SLOTS, slot - SLOTS, slot)
-            score = warpgroup_mma(
-                ring.index(slot), queries.index(j).permute((1, 0)), score, is_async=True
-            )
+            score = warpgroup_mma(ring.index(slot), queries.index(j).permute((1, 0)), score, is_async=True)
         score = warpgroup_mma_wait(0, deps=(score,))
         score = gl.where((tile + token < end)[:, None], score * score_scale, float("-inf"))
         higher = gl.maximum(highest, gl.max(score, 0))
@@ -155,11 +157,12 @@ def _attend(
         for j in gl.static_range(LATENTS):
             slot = first + j
             slot = gl.where(slot >= SLOTS, slot - SLOTS, slot)
-            one = warpgroup_mma(
-                ring.index(slot).permute((1, 0)), weights, sums_j[j] * kept[None, :], is_async=True
-            )
-            next_sums = next_sums + (one,)
-        sums_j = warpgroup_mma_wait(0, deps=next_sums)
+            one = warpgroup_mma(ring.index(slot).permute((1, 0)), weights, sums_j[j] * kept[None, :], is_async=True)
+            next_sums = next_sums + (one,)  # noqa: RUF005 - no * in Triton
+        if LATENTS == 1:  # noqa: SIM108 - a choice of types
+            sums_j = (warpgroup_mma_wait(0, deps=next_sums),)
+        else:
+            sums_j = warpgroup_mma_wait(0, deps=next_sums)
         # Every warp is done with this tile: its slots are free.
         block()
         for k in gl.static_range(CHUNKS):
@@ -170,8 +173,8 @@ def _attend(
             else:
                 page_row = b * sequence_rows + later
             _fetch(
-                view, ready.index((i + (SLOTS + k) // CHUNKS) % BARRIERS), ring, first + k, later, later < end, page_row,
-                latent_start, rope_start, (SLOTS + k) % CHUNKS, LATENTS, ROPES, SLOTS
+                view, ready.index((i + (SLOTS + k) // CHUNKS) % BARRIERS), ring, first + k, later, later < end,
+                page_row, latent_start, rope_start, (SLOTS + k) % CHUNKS, LATENTS, ROPES, SLOTS
             )  # fmt: skip
         first = first + CHUNKS
         first = gl.where(first >= SLOTS, first - SLOTS, first)
@@ -204,20 +207,30 @@ class Plan:
 def plan(q_latent_BHR: Tensor, cached: Cached) -> Plan | None:
     """How to attend to such a cache; None where this kernel cannot."""
     entries = cached.entries
-    if not is_hopper(entries.device) or cached.scales is not None or entries.dtype not in (torch.bfloat16, torch.float16):
+    if not is_hopper(entries.device) or entries.dtype not in (torch.bfloat16, torch.float16):
         return None
     per_sequence, per_token = entries.stride()[:2]
     if per_token % 8 or entries.data_ptr() % 16 or per_sequence % per_token or cached.page_size % CHUNK:
         return None  # the copy engine wants rows of 16 bytes at one distance; a tile lies in one page
-    H, latents, ropes = q_latent_BHR.shape[1], triton.cdiv(cached.rank, CHUNK), triton.cdiv(cached.rope_dim, CHUNK)
-    chunks = latents + ropes
-    heads = HEADS or min(max(triton.next_power_of_2(H), 16), 32)
-    free = torch.cuda.get_device_properties(entries.device).shared_memory_per_block_optin - RESERVED
-    slots = (free - 2 * heads * CHUNK * (chunks + 1)) // SLOT_BYTES
-    return Plan(heads, WARPS or (4 if latents <= 10 else 8), min(slots, SLOTS * chunks), PER_CORE) if slots >= chunks else None
+    latents, chunks = chunks_of(cached)
+    memory = torch.cuda.get_device_properties(entries.device).shared_memory_per_block_optin - RESERVED
+    for heads in (size for size in (64, 32, 16) if size == 16 or size < 2 * q_latent_BHR.shape[1]):
+        fixed = 2 * heads * CHUNK * (chunks + 1)  # queries, and weights of a tile
+        # Sums in registers: as many as four warps hold, or eight.
+        warps = 4 if latents * heads <= FEW_SUMS else 8
+        # Two programs on one multiprocessor multiply in turns; where they do not fit, a longer ring helps.
+        if 2 * (fixed + 2 * chunks * SLOT_BYTES + RESERVED) <= memory:
+            return Plan(heads, warps, 2 * chunks, per_core=2)
+        slots = min((memory - fixed) // SLOT_BYTES, 3 * chunks)
+        if slots >= chunks and latents * heads <= MOST_SUMS:
+            return Plan(heads, warps, slots, per_core=1)
+    return None
 
 
-HEADS, WARPS, SLOTS, PER_CORE = 0, 0, 3, 1
+def chunks_of(cached: Cached) -> tuple[int, int]:
+    """Chunks of a latent, and of an entry."""
+    latents = triton.cdiv(cached.rank, CHUNK)
+    return latents, latents + triton.cdiv(cached.rope_dim, CHUNK)
 
 
 @cache
@@ -229,7 +242,11 @@ def is_hopper(device: torch.device) -> bool:
 def attend(q_latent_BHR: Tensor, q_rope_BHP: Tensor, cached: Cached, scale: float, plan: Plan) -> Parts:
     """The splits of `decode`."""
     (B, H, R), P, table = q_latent_BHR.shape, cached.rope_dim, cached.table_BN
-    blocks, tiles = triton.cdiv(H, plan.heads), triton.cdiv(cached.capacity, CHUNK)
+    (latents, chunks), blocks, tiles = (
+        chunks_of(cached),
+        triton.cdiv(H, plan.heads),
+        triton.cdiv(cached.capacity, CHUNK),
+    )
     parts = Parts.empty(q_latent_BHR, num_splits(B * blocks, tiles, plan.per_core, q_latent_BHR.device))
     per_sequence, per_token = cached.entries.stride()[:2]
     sequence_rows = per_sequence // per_token
@@ -243,7 +260,7 @@ def attend(q_latent_BHR: Tensor, q_rope_BHP: Tensor, cached: Cached, scale: floa
         scale * LOG2_E, H, parts.num_splits, R, P, cached.latent_start, cached.rope_start,
         *q_latent_BHR.stride()[:2], *q_rope_BHP.stride()[:2], sequence_rows, 0 if table is None else table.stride(0),
         CHUNK * triton.cdiv(tiles, parts.num_splits),
-        PAGE=cached.page_size, LATENTS=triton.cdiv(R, CHUNK), ROPES=triton.cdiv(P, CHUNK), SLOTS=plan.slots,
-        HEADS=plan.heads, num_warps=plan.warps,
+        PAGE=cached.page_size, LATENTS=latents, ROPES=chunks - latents, SLOTS=plan.slots, HEADS=plan.heads,
+        num_warps=plan.warps,
     )  # fmt: skip
     return parts

@@ -1,4 +1,4 @@
-# pyright: basic, reportMissingImports=false, reportIndexIssue=false
+# pyright: basic, reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 """Attention of one query token to a cache of latents in Triton: every entry is read once, as key and as value.
 
 A latent of any width is up to three tiles whose widths are powers of two, the last one masked: 400 values are 256, 128
@@ -71,8 +71,8 @@ def _attend(
     score_scale, num_heads, num_splits, rank, rope_dim, latent_start, rope_start,
     latent_b, latent_h, rope_b, rope_h, entry_b, entry_t, scale_b, scale_t, table_b, split_tokens,
     PAGE: tl.constexpr, BULK: tl.constexpr, SCALED: tl.constexpr, LATENT_SCALE: tl.constexpr,
-    PADDED: tl.constexpr, PADDED_ROPE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr,
-    ALIGNED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    PADDED: tl.constexpr, PADDED_ROPE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    ROPE: tl.constexpr, ALIGNED: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One sequence, HEADS heads and `split_tokens` tokens: sums of values over the softmax's own sum, and its log."""
     b, split = tl.program_id(0), tl.program_id(2)
@@ -101,11 +101,12 @@ def _attend(
     for tile in range(start, end, TOKENS):
         token = tile + tl.arange(0, TOKENS)
         is_token = token < end
-        if PAGE:
-            # In bulk, a page holds whole tiles.
-            token_page = tile // PAGE if BULK else token // PAGE
-            page = tl.load(table + b * table_b + token_page) if BULK else tl.load(table + b * table_b + token_page, mask=is_token, other=0)
-            slot = tile % PAGE if BULK else token % PAGE
+        if PAGE and BULK:
+            page = tl.load(table + b * table_b + tile // PAGE)  # that holds the whole tile
+            slot = tile % PAGE
+        elif PAGE:
+            page = tl.load(table + b * table_b + token // PAGE, mask=is_token, other=0)
+            slot = token % PAGE
         else:
             page = b
             slot = tile if BULK else token
@@ -116,7 +117,8 @@ def _attend(
         score = tl.dot(x_a, q_a, input_precision="ieee")
         if B:
             x_b = _columns(
-                entries, view_b, page, slot, row, latent_start + A, is_token, rank - A, B, BULK, PADDED and not C, ALIGNED
+                entries, view_b, page, slot, row, latent_start + A, is_token, rank - A, B, BULK, PADDED and not C,
+                ALIGNED,
             ).to(q_a.dtype)  # fmt: skip
             score = tl.dot(x_b, q_b, score, input_precision="ieee")
         if C:
@@ -175,7 +177,7 @@ class Launch:
     warps: int
     stages: int
     bulk: bool
-    per_core: int = 2
+    per_core: int
 
     def shared_bytes(self, heads: int, width: int, entry_size: int, size: int) -> int:
         """Queries, tiles in flight and weights, for entries of such a padded width; entries are `entry_size` bytes a
@@ -186,8 +188,15 @@ class Launch:
         return in_flight + converted + size * heads * (width + self.tokens)
 
 
-LAUNCHES = [Launch(64, 4, 3, True), Launch(64, 4, 2, True), Launch(32, 4, 3, False), Launch(32, 4, 2, False), Launch(16, 4, 2, False)]
-"""In order of preference; the first one that fits into shared memory."""
+LAUNCHES = [
+    Launch(64, 4, 3, bulk=True, per_core=2), Launch(64, 4, 2, bulk=True, per_core=2),
+    Launch(64, 4, 2, bulk=False, per_core=1), Launch(32, 4, 3, bulk=False, per_core=2),
+    Launch(32, 4, 2, bulk=False, per_core=2), Launch(16, 4, 2, bulk=False, per_core=2),
+]  # fmt: skip
+"""In order of preference, fastest on an H200 first; the first one that fits into shared memory.
+
+One stage is none of them: Triton 3.6 then lets a bulk copy overwrite what is still multiplied.
+"""
 
 
 def attend(q_latent_BHR: Tensor, q_rope_BHP: Tensor, cached: Cached, scale: float) -> Parts:
@@ -223,14 +232,20 @@ def view(entries: Tensor, tokens: int, width: int) -> TensorDescriptor:
 
 
 def bulk(cached: Cached, tokens: int) -> bool:
-    """Whether tiles can be copied in bulk, by Hopper's copy engine: rows of 16 bytes, as they are, pages of whole tiles."""
+    """Whether tiles can be copied in bulk, as Hopper and later GPUs do: rows of 16 bytes, pages of whole tiles."""
     rows = all(stride * cached.entries.element_size() % 16 == 0 for stride in cached.entries.stride()[:2])
     whole = cached.table_BN is None or cached.entries.shape[1] % tokens == 0
-    return rows and cached.entries.data_ptr() % 16 == 0 and whole
+    return rows and cached.entries.data_ptr() % 16 == 0 and whole and can_copy_in_bulk(cached.entries.device)
+
+
+@cache
+def can_copy_in_bulk(device: torch.device) -> bool:
+    """Whether a GPU has a copy engine, or is none but Triton's interpreter."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def aligned(cached: Cached) -> int:
-    """What all places and widths in the cache are multiples of, at most 16 values: rows of 8 bf16 are loaded at once."""
+    """What all places and widths in the cache are multiples of, at most 16: 8 values of 16 bits are loaded at once."""
     return gcd(*cached.entries.stride()[:2], cached.rank, cached.rope_dim, cached.latent_start, cached.rope_start, 16)
 
 

@@ -1,5 +1,8 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
-"""Sequences split over programs, each with a softmax of its own, and joined again (Tri Dao et al., Flash-Decoding, 2023)."""
+"""Sequences split over programs, each with a softmax of its own, and joined again.
+
+Tri Dao et al., Flash-Decoding for long-context inference (2023).
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +16,7 @@ from torch import Tensor
 CPU_SPLITS = 3
 """Splits in Triton's interpreter, which has no multiprocessors to count: more than one, to be tested."""
 
-JOIN_VALUES, JOIN_ROWS = 4096, 128
+JOIN_VALUES, JOIN_ROWS = 8192, 256
 """Size of a tile of the joining kernel, and most splits in it."""
 
 LOG2_E = 1.4426950408889634
@@ -22,7 +25,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Parts:
-    """What splits give: means of latents and the logarithm to base 2 of what weighs them; -inf where there are no tokens."""
+    """What splits give: means of latents, and what weighs them, as logarithms to base 2; -inf where no tokens are."""
 
     sums_BHSR: Tensor
     logs_BHS: Tensor

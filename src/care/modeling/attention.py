@@ -9,6 +9,8 @@ own keys are computed once, normalized, and then projected into its cache entry;
 """
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Self
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from ..carried import QkNorm
+from ..kernels import Cached
 from ..rope import rotate_half_split, rotate_interleaved, rotation
 from ..types import LatentAttention, Mode
 
@@ -97,6 +100,23 @@ def capped_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1, dtype=torch.float32).type_as(values) @ values.repeat_interleave(group, 1)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the decode kernel can be imported; torch for CUDA brings Triton along."""
+    return find_spec("triton") is not None
+
+
+def kernel_fits(shape: LatentShape, entry_B1UC: Tensor, mask: Tensor | None) -> bool:
+    """Whether a decode step of an absorbed layer is one for the kernel in care.kernels.decode.
+
+    On a GPU, in 16 bits, where keys and values are the same latent and nothing is masked, differentiated or compiled.
+    """
+    joint = shape.key_rank == shape.value_rank == shape.kv_lora_rank
+    plain = mask is None and shape.softcap is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    sixteen_bits = entry_B1UC.dtype in (torch.bfloat16, torch.float16)
+    return entry_B1UC.is_cuda and joint and plain and sixteen_bits and has_triton()
 
 
 class LatentAttentionModule(nn.Module):
@@ -202,21 +222,33 @@ class LatentAttentionModule(nn.Module):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entry_B1UC: Tensor, mask: Tensor | None) -> Tensor:
         """One new token attends to the cache as it lies: heads become queries of a single key head."""
+        if kernel_fits(self.shape, entry_B1UC, mask):
+            return self._head_values(self._decode(self._absorbed_queries(q_nope), q_rope, entry_B1UC))
         query = self._latent_queries(q_nope, q_rope)
         keys = entry_B1UC[..., : self.shape.rope_dim + self.shape.key_rank]
         values = entry_B1UC[..., entry_B1UC.shape[-1] - self.shape.value_rank :]
         mixed_B1HR = self._weigh(query.transpose(1, 2), keys, values, mask)
         return self._head_values(mixed_B1HR.transpose(1, 2))
 
+    def _decode(self, q_latent: Tensor, q_rope: Tensor, entry_B1UC: Tensor) -> Tensor:
+        """Means of latents (B, H, 1, R), by the kernel."""
+        from ..kernels.decode import decode  # noqa: PLC0415 - needs Triton
+
+        B, _, U, _ = entry_B1UC.shape
+        lengths_B = torch.full((B,), U, dtype=torch.int32, device=entry_B1UC.device)
+        cached = Cached(entry_B1UC[:, 0], lengths_B, self.shape.kv_lora_rank, rope_first=True)
+        return decode(q_latent[:, :, 0], q_rope[:, :, 0].contiguous(), cached, self.shape.scale)[:, :, None]
+
     def _latent_queries(self, q_nope: Tensor, q_rope: Tensor) -> Tensor:
         """Queries of the cache itself: (B, H, T, P + k_rank), as its first columns lie."""
-        B, H, T, _ = q_rope.shape
-        if not self.shape.key_rank:
-            return q_rope
+        return torch.cat((q_rope, self._absorbed_queries(q_nope)), dim=-1) if self.shape.key_rank else q_rope
+
+    def _absorbed_queries(self, q_nope: Tensor) -> Tensor:
+        """Queries of the latent: (B, H, T, k_rank)."""
+        B, H, T, _ = q_nope.shape
         k_up_GNR = self.k_b_proj.weight.view(self.shape.num_kv_heads, self.shape.nope_dim, -1)
         q_BGAN = q_nope.reshape(B, self.shape.num_kv_heads, -1, self.shape.nope_dim)
-        q_latent = torch.einsum("bgan,gnr->bgar", q_BGAN, k_up_GNR).reshape(B, H, T, -1)
-        return torch.cat((q_rope, q_latent), dim=-1)
+        return torch.einsum("bgan,gnr->bgar", q_BGAN, k_up_GNR).reshape(B, H, T, -1)
 
     def _head_values(self, mixed_BHTR: Tensor) -> Tensor:
         """Each head's mixture of latents, as wide as v_rank, as values: (B, H, T, V)."""
