@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -375,30 +376,39 @@ def run(result: Path, device: str, *, smoke: bool) -> None:
 
 
 def plot(result: Path, picture: Path) -> None:
-    """Speed over the source's by context, one panel a model and batch; dots are what bytes alone would give."""
+    """Speed over the source's by context, a row a model and a panel a batch; dotted is what bytes alone would give."""
     import matplotlib.pyplot as plt  # noqa: PLC0415 - optional
 
     summary = json.loads(result.read_text())
     rows = summary["rows"]
-    panels = sorted({(row["model"], row["batch"]) for row in rows})
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.4), squeeze=False, sharey=True)
-    for axis, (model, batch) in zip(axes[0], panels, strict=True):
+    models, batches = list(summary["models"]), sorted({row["batch"] for row in rows})
+    figure, axes = plt.subplots(
+        len(models), len(batches), figsize=(3 * len(batches), 3 * len(models)), squeeze=False, sharex=True, sharey=True
+    )
+    for axis, (model, batch) in zip(axes.flat, product(models, batches), strict=True):
         here = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
         source = {row["context"]: row for row in here if row["way"] == "gqa"}
-        for way in sorted({row["way"] for row in here} - {"gqa"}):
+        ways = [way for way in dict.fromkeys(row["way"] for row in here) if way != "gqa"]
+        for way, marker in zip(ways, "osv^", strict=False):
             mine = [row for row in here if row["way"] == way and row["speed_over_source"]]
             contexts = [row["context"] for row in mine]
-            (line,) = axis.plot(contexts, [row["speed_over_source"] for row in mine], marker="o", label=way)
+            speeds = [row["speed_over_source"] for row in mine]
+            (line,) = axis.plot(contexts, speeds, marker=marker, markersize=4, label=way)
             bounds = [source[c]["bound_seconds"] / row["bound_seconds"] for c, row in zip(contexts, mine, strict=True)]
-            axis.plot(contexts, bounds, linestyle=":", color=line.get_color())
+            axis.plot(contexts, bounds, linestyle=":", linewidth=1, color=line.get_color())
+        axis.axhline(1, color="gray", linewidth=0.8)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(source), [f"{context // 1024}k" for context in sorted(source)])
         axis.set_title(f"{model}, batch {batch}", fontsize=9)
+    for row in axes:
+        row[0].set_ylabel("speed over GQA")
+    for axis in axes[-1]:
         axis.set_xlabel("context")
-    axes[0][0].set_ylabel("decode attention: speed over GQA")
     axes[0][0].legend(fontsize=7)
-    figure.suptitle(summary["hardware"]["device"], fontsize=9)
+    about = summary["hardware"]
+    figure.suptitle(f"Decode attention of all layers, {about['device']}; dotted: by bytes alone", fontsize=10)
     figure.tight_layout()
-    figure.savefig(picture, dpi=150)
+    figure.savefig(picture, dpi=110)
 
 
 def main() -> None:

@@ -108,15 +108,29 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+FUSED_WIDTH, FUSED_MULTIPLE = 256, 8
+"""Widest head that torch has fused attention for, and what its width must be a multiple of; else torch forms scores."""
+
+LARGE_CACHE = 2**27
+"""Bytes of a layer's cache from which on reading them takes longer than starting kernels from Python (H200)."""
+
+
 def kernel_fits(shape: LatentShape, entry_B1UC: Tensor, mask: Tensor | None) -> bool:
     """Whether a decode step of an absorbed layer is one for the kernel in care.kernels.decode.
 
-    On a GPU, in 16 bits, where keys and values are the same latent and nothing is masked, differentiated or compiled.
+    On a GPU, in 16 bits, where keys and values are the same latent, nothing is masked, differentiated or compiled, and
+    the kernel is faster.
     """
     joint = shape.key_rank == shape.value_rank == shape.kv_lora_rank
     plain = mask is None and shape.softcap is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     sixteen_bits = entry_B1UC.dtype in (torch.bfloat16, torch.float16)
-    return entry_B1UC.is_cuda and joint and plain and sixteen_bits and has_triton()
+    return entry_B1UC.is_cuda and joint and plain and sixteen_bits and kernel_is_faster(entry_B1UC) and has_triton()
+
+
+def kernel_is_faster(entry_B1UC: Tensor) -> bool:
+    """Than torch's attention: where torch has no fused one for such a width, and for large caches."""
+    fused = entry_B1UC.shape[-1] <= FUSED_WIDTH and entry_B1UC.shape[-1] % FUSED_MULTIPLE == 0
+    return not fused or entry_B1UC.nbytes >= LARGE_CACHE
 
 
 class LatentAttentionModule(nn.Module):
@@ -130,6 +144,7 @@ class LatentAttentionModule(nn.Module):
         s = shape
         self.shape = shape
         self.layer_idx = layer_idx
+        self._table: Tensor | None = None
         self.q_proj = nn.Linear(s.hidden_size, s.num_heads * s.head_dim, bias=s.qkv_bias)
         if s.qk_norm is not None:
             self.q_norm = BlockNorm(s.qk_norm.query_size, s.qk_norm.eps, s.qk_norm.offset)
@@ -202,9 +217,14 @@ class LatentAttentionModule(nn.Module):
 
     def _angles(self, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B or 1, 1, T, F), computed in fp32 as transformers does."""
-        frequencies = torch.tensor(self.shape.frequencies, dtype=torch.float32, device=like.device)
-        cos, sin = rotation(positions_BT[:, None], frequencies)
+        cos, sin = rotation(positions_BT[:, None], self._frequencies(like.device))
         return cos.to(like.dtype), sin.to(like.dtype)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """The table on a device; made once, as a GPU would stop for it at every call."""
+        if self._table is None or self._table.device != device:
+            self._table = torch.tensor(self.shape.frequencies, dtype=torch.float32, device=device)
+        return self._table
 
     def _heads(self, x_BTE: Tensor, num_heads: int) -> Tensor:
         return x_BTE.unflatten(-1, (num_heads, -1)).transpose(1, 2)
