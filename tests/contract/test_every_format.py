@@ -75,6 +75,17 @@ def test_config_names_the_class_that_loads(tiny: TinyModels, format: str) -> Non
     assert "auto_map" not in config
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_what_is_written_shares_no_memory(tiny: TinyModels, format: str, eps: float) -> None:
+    """Safetensors refuses it; a tied head that becomes one of its own is a copy, scaled or not."""
+    target = target_of(tiny, "llama-gqa")
+    target = replace(target, config={**target.config, "rms_norm_eps": eps})
+    embeddings = torch.randn(5, 4)
+    written = FORMATS[format].carried_tensors("model.embed_tokens.weight", embeddings, target)
+    assert len({tensor.data_ptr() for tensor in written.values()}) == len(written)
+
+
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_index_names_every_tensor(tiny: TinyModels, format: str) -> None:
     directory = tiny.converted(Case("llama-gqa", "care-mla", 0.5, "absorbed", format))

@@ -28,7 +28,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .cached import Cached
 from .splits import LOG2_E, Parts, num_splits
 
-# Its name after Triton 3.6, and there.
+# Their names since Triton 3.7, and in 3.6.
+copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 block = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 CHUNK = 64
@@ -42,8 +43,8 @@ SLOT_BYTES = CHUNK * CHUNK * 2
 RESERVED = 2048
 """Bytes of shared memory for barriers and for sums over warps."""
 
-FEW_SUMS, MOST_SUMS = 8 * 32, 14 * 32
-"""Chunks of latents times heads that four warps hold in registers without spilling, and eight."""
+FEW_SUMS, MOST_SUMS = 8 * 32, 16 * 32
+"""Chunks of latents times heads that four warps hold in registers, and eight."""
 
 
 @gluon.jit
@@ -59,7 +60,7 @@ def _fetch(
     column = latent_start + J * 64 if J < LATENTS else rope_start + (J - LATENTS) * 64
     if J == 0:
         mbarrier.expect(ready, 64 * 64 * 2 * (LATENTS + ROPES), pred=wanted)
-    tma.async_copy_global_to_shared(view, [page_row, column], ready, ring.index(slot), pred=wanted)
+    copy_in(view, [page_row, column], ready, ring.index(slot), pred=wanted)
 
 
 @gluon.jit(do_not_specialize=["num_heads", "num_splits", "split_tokens", "table_b", "sequence_rows"])
@@ -212,9 +213,14 @@ def plan(q_latent_BHR: Tensor, cached: Cached) -> Plan | None:
     per_sequence, per_token = entries.stride()[:2]
     if per_token % 8 or entries.data_ptr() % 16 or per_sequence % per_token or cached.page_size % CHUNK:
         return None  # the copy engine wants rows of 16 bytes at one distance; a tile lies in one page
-    latents, chunks = chunks_of(cached)
-    memory = torch.cuda.get_device_properties(entries.device).shared_memory_per_block_optin - RESERVED
-    for heads in (size for size in (64, 32, 16) if size == 16 or size < 2 * q_latent_BHR.shape[1]):
+    memory = torch.cuda.get_device_properties(entries.device).shared_memory_per_block_optin
+    return plan_within(memory, q_latent_BHR.shape[1], *chunks_of(cached))
+
+
+def plan_within(memory: int, num_heads: int, latents: int, chunks: int) -> Plan | None:
+    """How to attend with so many bytes of shared memory and chunks of latents, and of entries; None if it cannot be."""
+    memory -= RESERVED
+    for heads in (size for size in (64, 32, 16) if size == 16 or size < 2 * num_heads):
         fixed = 2 * heads * CHUNK * (chunks + 1)  # queries, and weights of a tile
         # Sums in registers: as many as four warps hold, or eight.
         warps = 4 if latents * heads <= FEW_SUMS else 8
