@@ -48,6 +48,16 @@ FEW_SUMS, MOST_SUMS = 8 * 32, 16 * 32
 
 
 @gluon.jit
+def _row_of(tile, table, b, end, sequence_rows, table_b, PAGE: gl.constexpr):
+    """Where a tile begins, in rows of the whole cache; behind the end of a sequence, anywhere."""
+    if PAGE:
+        page = gl.load(table + b * table_b + gl.minimum(tile, end - 1) // PAGE)
+        return page * sequence_rows + tile % PAGE
+    else:  # noqa: RET505 - compiled where there are pages, it would have a second type
+        return b * sequence_rows + tile
+
+
+@gluon.jit
 def _fetch(
     view, ready, ring, first, tile, wanted, page_row, latent_start, rope_start,
     J: gl.constexpr, LATENTS: gl.constexpr, ROPES: gl.constexpr, SLOTS: gl.constexpr,
@@ -101,11 +111,7 @@ def _attend(
     block()
     for s in gl.static_range(SLOTS):
         tile = start + s // CHUNKS * 64
-        if PAGE:
-            page = gl.load(table + b * table_b + gl.minimum(tile, end - 1) // PAGE)
-            page_row = page * sequence_rows + tile % PAGE
-        else:
-            page_row = b * sequence_rows + tile
+        page_row = _row_of(tile, table, b, end, sequence_rows, table_b, PAGE)
         _fetch(
             view, ready.index(s // CHUNKS), ring, s, tile, tile < end, page_row, latent_start, rope_start,
             s % CHUNKS, LATENTS, ROPES, SLOTS
@@ -168,11 +174,7 @@ def _attend(
         block()
         for k in gl.static_range(CHUNKS):
             later = tile + (SLOTS + k) // CHUNKS * 64
-            if PAGE:
-                page = gl.load(table + b * table_b + gl.minimum(later, end - 1) // PAGE)
-                page_row = page * sequence_rows + later % PAGE
-            else:
-                page_row = b * sequence_rows + later
+            page_row = _row_of(later, table, b, end, sequence_rows, table_b, PAGE)
             _fetch(
                 view, ready.index((i + (SLOTS + k) // CHUNKS) % BARRIERS), ring, first + k, later, later < end,
                 page_row, latent_start, rope_start, (SLOTS + k) % CHUNKS, LATENTS, ROPES, SLOTS
