@@ -3,8 +3,8 @@
 One step is the attention of all layers for one new token of every sequence, weights random, without what both models
 share (projections of queries and outputs, MLPs). MLA includes absorbing queries and expanding values. Caches do not fit
 the L2: layers lie side by side in memory, as many as there is room for, and are gone through in turn. The bound is the
-bytes of the cache over the memory bandwidth measured in the same run, the faster of a copy and of a sum. What has to be
-compiled is compiled first, by processes side by side, and timed afterwards by one.
+bytes of the cache over the memory bandwidth measured in the same run, the faster of an addition and of a sum. What has
+to be compiled is compiled first, by processes side by side, and timed afterwards by one.
 
 Needs torch, Triton and this repository, nothing else:
 
@@ -46,7 +46,7 @@ PROFILE = [
 ]  # fmt: skip
 
 ROUND = 16
-"""Ranks and rope dims are multiples of it, as rows should start at even addresses."""
+"""Ranks and rope dims are multiples of it, as rows should start at multiples of 16 bytes."""
 
 MEMORY_SHARE = 0.7
 """Share of the free memory that caches take."""

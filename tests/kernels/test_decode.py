@@ -12,7 +12,8 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     # Triton reads it when it is imported, which transformers has done by now.
     pytest.skip("no CUDA device, and Triton's interpreter is not on: make test-kernels", allow_module_level=True)
 
-from care.kernels import QUANTIZERS, Cached, reference_decode
+from care.kernels import QUANTIZERS, Cached, portable, reference_decode
+from care.kernels import decode as decoding
 from care.kernels.decode import decode
 from tolerances import assert_close
 
@@ -40,13 +41,15 @@ SHAPES = [
 
 MORE_SHAPES = [
     Shape(4, 24, 16),
+    Shape(4, 140, 52),
+    Shape(20, 1088, 64),
     Shape(32, 640, 64),
     Shape(32, 896, 128),
     Shape(64, 512, 64),
     Shape(7, 200, 0),
     Shape(28, 72, 40),
 ]
-"""One chunk, widths of real models, as many chunks as Hopper's ring holds, rows that are multiples of 16 bytes only."""
+"""One chunk, parts that begin at odd places, widths of real models, as many chunks as Hopper's ring holds and more."""
 
 
 def queries(shape: Shape, dtype: torch.dtype = torch.float32, num: int = len(LENGTHS)) -> tuple[Tensor, Tensor]:
@@ -141,13 +144,36 @@ def test_compiled_for_a_long_context(shape: Shape, quantizer: str | None) -> Non
     )
 
 
+def test_width_is_bounded_by_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for 512 + 64 and 896 + 128, the smallest launch took 56,448 and 99,456 bytes."""
+    monkeypatch.setattr(portable, "shared_memory", lambda _device: 99_456 + 1024)
+    device = torch.device("cuda")
+    assert portable.can_hold(512, 64, device)
+    assert portable.can_hold(896, 128, device)
+    assert not portable.can_hold(1024, 128, device)
+
+
+@NEEDS_GPU
+def test_hopper_has_its_own_kernel() -> None:
+    """Nothing would be wrong without it, but slow."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    q_latent, _ = queries(SHAPES[0], torch.bfloat16)
+    assert decoding.hopper is not None
+    assert decoding.hopper.plan(q_latent, cache(SHAPES[0], torch.bfloat16, rope_first=True, page=LARGE_PAGE))
+
+
 def test_a_mismatch_is_refused() -> None:
     shape = Shape(2, 32, 16)
     cached = cache(shape, rope_first=False, page=0)
     with pytest.raises(ValueError, match="do not fit"):
         decode(*queries(Shape(2, 32, 8)), cached, 1.0)
+    q_latent, q_rope = queries(shape)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        decode(q_latent, q_rope[:, :1], cached, 1.0)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        decode(q_latent[:1], q_rope[:1], cached, 1.0)
     with pytest.raises(ValueError, match="need scales if quantized"):
         decode(*queries(shape), replace(cached, entries=cached.entries.to(torch.int8)), 1.0)
-    q_latent, q_rope = queries(shape)
     with pytest.raises(ValueError, match="contiguous"):
         decode(q_latent.mT.contiguous().mT, q_rope, cached, 1.0)

@@ -63,7 +63,7 @@ def test_a_decode_step(shape: LatentShape, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(attention, "kernel_fits", lambda *_: False)
     expected = steps(shape)
     assert not calls
-    monkeypatch.setattr(attention, "kernel_is_faster", lambda _: True)
+    monkeypatch.setattr(attention, "kernel_is_faster", lambda *_: True)
     monkeypatch.setattr(attention, "kernel_fits", kernel_fits if CUDA else lambda *_: True)
     found = steps(shape)
     assert calls == [1, 1]

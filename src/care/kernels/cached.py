@@ -11,8 +11,8 @@ class Cached:
 
     `lengths_B` is the number of tokens of each sequence, at least 1. Entry t of sequence b is in page
     `table_BN[b, t // page size]`. Quantized entries (int8, float8_e4m3fn) have a scale for each part, in the order of
-    the parts: (..., 2), or (..., 1) where P is 0. The last dim of every tensor is contiguous. What lies behind the end
-    of a sequence is read in whole tiles and weighs nothing; it must be finite.
+    the parts: (..., 2), or (..., 1) where P is 0. The last dim of every tensor is contiguous. Entries are read in whole
+    tiles, beyond the end of a sequence, into the next one: what lies there weighs nothing, but must be finite.
     """
 
     entries: Tensor
@@ -42,6 +42,12 @@ class Cached:
     def latent_start(self) -> int:
         """First column of the latent."""
         return self.rope_dim if self.rope_first else 0
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether rows and parts begin at multiples of 16 bytes, as the copy engine of Hopper wants it."""
+        places = (*self.entries.stride()[:2], self.latent_start, self.rope_start)
+        return self.entries.data_ptr() % 16 == 0 and all(n * self.entries.element_size() % 16 == 0 for n in places)
 
     @property
     def parts(self) -> tuple[int, ...]:

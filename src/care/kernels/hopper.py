@@ -141,6 +141,7 @@ def _attend(
     token = gl.arange(0, 64, row_layout)
     first = 0
     fence_async_shared()
+    block()
     for i in range(num_tiles):
         tile = start + i * 64
         score = gl.zeros([64, HEADS], gl.float32, tile_layout)
@@ -213,8 +214,8 @@ def plan(q_latent_BHR: Tensor, cached: Cached) -> Plan | None:
     if not is_hopper(entries.device) or entries.dtype not in (torch.bfloat16, torch.float16):
         return None
     per_sequence, per_token = entries.stride()[:2]
-    if per_token % 8 or entries.data_ptr() % 16 or per_sequence % per_token or cached.page_size % CHUNK:
-        return None  # the copy engine wants rows of 16 bytes at one distance; a tile lies in one page
+    if not cached.is_aligned or per_sequence % per_token or cached.page_size % CHUNK:
+        return None  # the copy engine wants rows at one distance; a tile lies in one page
     memory = torch.cuda.get_device_properties(entries.device).shared_memory_per_block_optin
     return plan_within(memory, q_latent_BHR.shape[1], *chunks_of(cached))
 

@@ -198,6 +198,9 @@ LAUNCHES = [
 One stage is none of them: Triton 3.6 then lets a bulk copy overwrite what is still multiplied.
 """
 
+LEAST_BYTES = 98
+"""Shared memory that the last of them takes for each column, of 16-bit values (compiled by Triton 3.6)."""
+
 
 def attend(q_latent_BHR: Tensor, q_rope_BHP: Tensor, cached: Cached, scale: float) -> Parts:
     """The splits of `decode`, on any GPU and in Triton's interpreter."""
@@ -205,7 +208,7 @@ def attend(q_latent_BHR: Tensor, q_rope_BHP: Tensor, cached: Cached, scale: floa
     P, device = cached.rope_dim, q_latent_BHR.device
     widths, rope = tiles(R), tile(P)
     heads = min(max(triton.next_power_of_2(H), SMALLEST), HEADS)
-    how = launch(heads, sum(widths) + rope, q_latent_BHR.element_size(), cached)
+    how = launch(heads, padded(R, P), q_latent_BHR.element_size(), cached)
     scales, table = cached.scales, cached.table_BN
     num_tiles = triton.cdiv(cached.capacity, how.tokens)
     parts = Parts.empty(q_latent_BHR, num_splits(B * triton.cdiv(H, heads), num_tiles, how.per_core, device))
@@ -232,10 +235,8 @@ def view(entries: Tensor, tokens: int, width: int) -> TensorDescriptor:
 
 
 def bulk(cached: Cached, tokens: int) -> bool:
-    """Whether tiles can be copied in bulk, as Hopper and later GPUs do: rows of 16 bytes, pages of whole tiles."""
-    rows = all(stride * cached.entries.element_size() % 16 == 0 for stride in cached.entries.stride()[:2])
-    whole = cached.table_BN is None or cached.entries.shape[1] % tokens == 0
-    return rows and cached.entries.data_ptr() % 16 == 0 and whole and can_copy_in_bulk(cached.entries.device)
+    """Whether tiles can be copied in bulk, as Hopper and later GPUs do: of aligned entries, in pages of whole tiles."""
+    return cached.is_aligned and cached.page_size % tokens == 0 and can_copy_in_bulk(cached.entries.device)
 
 
 @cache
@@ -247,6 +248,16 @@ def can_copy_in_bulk(device: torch.device) -> bool:
 def aligned(cached: Cached) -> int:
     """What all places and widths in the cache are multiples of, at most 16: 8 values of 16 bits are loaded at once."""
     return gcd(*cached.entries.stride()[:2], cached.rank, cached.rope_dim, cached.latent_start, cached.rope_start, 16)
+
+
+def can_hold(rank: int, rope_dim: int, device: torch.device) -> bool:
+    """Whether entries of 16 bits and so wide fit into the shared memory of a GPU, in the smallest tiles."""
+    return LEAST_BYTES * padded(rank, rope_dim) <= shared_memory(device)
+
+
+def padded(rank: int, rope_dim: int) -> int:
+    """Columns of all tiles of an entry."""
+    return sum(tiles(rank)) + tile(rope_dim)
 
 
 def tile(width: int) -> int:
