@@ -105,8 +105,8 @@ def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for (name, looks), marker in zip(curves.items(), "osv^Dx", strict=False):
             axis.plot([x["tokens"] for x in looks], [x[key] for x in looks], marker=marker, label=name)
         axis.set(ylabel=f"held-out {label}, nats/token")
-        axis.legend()
     axes[1].set(xlabel="tokens trained on")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
     figure.savefig(path, dpi=120)
 
 
