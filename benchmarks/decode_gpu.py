@@ -36,6 +36,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from care.errors import first_line
 from care.kernels import Cached, reference_decode
 
 # Rope dims and ranks of SmolLM2-135M's layers by recipe `best` at half of its cache: how unlike real layers are.
@@ -252,7 +253,7 @@ def measured(steps: dict[str, Step], device: str) -> tuple[float | None, str]:
             found[name] = seconds(step, device)
             notes.append(f"{name} {found[name]:.3g} s")
         except Exception as error:  # whatever a kernel cannot do, the others are measured
-            notes.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:100]}")
+            notes.append(f"{name}: {first_line(error)[:100]}")
     return (min(found.values()) if found else None), "; ".join(notes)
 
 

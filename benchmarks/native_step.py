@@ -16,7 +16,8 @@ import transformers
 from torch import Tensor
 
 from care.modeling import attention
-from care.modeling.attention import LatentAttentionModule, LatentShape
+from care.modeling.attention import LatentAttentionModule
+from care.modeling.shape import LatentShape
 
 WARM_UP, REPEATS = 3, 5
 SIZES = ((1, 8192), (16, 8192), (16, 32768))

@@ -13,8 +13,10 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from transformers import DynamicCache
 
-from care.modeling import attention
-from care.modeling.attention import LatentAttentionModule, LatentShape, kernel_fits
+from care.modeling import attention, kernel_choice
+from care.modeling.attention import LatentAttentionModule
+from care.modeling.kernel_choice import kernel_fits
+from care.modeling.shape import LatentShape
 from tolerances import assert_close
 
 CUDA = torch.cuda.is_available()
@@ -63,7 +65,7 @@ def test_a_decode_step(shape: LatentShape, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(attention, "kernel_fits", lambda *_: False)
     expected = steps(shape)
     assert not calls
-    monkeypatch.setattr(attention, "kernel_is_faster", lambda *_: True)
+    monkeypatch.setattr(kernel_choice, "kernel_is_faster", lambda *_: True)
     monkeypatch.setattr(attention, "kernel_fits", kernel_fits if CUDA else lambda *_: True)
     found = steps(shape)
     assert calls == [1, 1]

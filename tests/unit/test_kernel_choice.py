@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from care.modeling import attention
-from care.modeling.attention import LARGE_CACHE, LatentShape, kernel_fits, kernel_is_faster
+from care.modeling import kernel_choice
+from care.modeling.kernel_choice import LARGE_CACHE, kernel_fits, kernel_is_faster
+from care.modeling.shape import LatentShape
 
 SHAPE = LatentShape(
     mode="absorbed", hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, nope_dim=16, v_head_dim=16, rope_dim=64,
@@ -41,7 +42,7 @@ def test_large_caches_are_worth_starting_it() -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """As if there were a GPU that can run it, without gradients."""
-    monkeypatch.setattr(attention, "gpu_can_decode", lambda *_: True)
+    monkeypatch.setattr(kernel_choice, "gpu_can_decode", lambda *_: True)
     with torch.no_grad():
         yield
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.deepseek import LATENT_NORM_EPS, latent_scale
-from ..modeling.attention import LatentAttentionModule, LatentShape
+from ..modeling.attention import LatentAttentionModule
+from ..modeling.shape import LatentShape
 
 LEAST_RMS = 1e-3
 """Scale of a tensor of zeros, such as an untrained bias."""

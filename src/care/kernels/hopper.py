@@ -9,7 +9,6 @@ Gluon is young and changes between versions of Triton; where this module cannot 
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -26,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .cached import Cached
+from .gpu import capability, shared_memory
 from .splits import LOG2_E, Parts, num_splits
 
 # Their names since Triton 3.7, and in 3.6.
@@ -58,6 +58,12 @@ def _row_of(tile, table, b, end, sequence_rows, table_b, PAGE: gl.constexpr):
 
 
 @gluon.jit
+def _slot(place, SLOTS: gl.constexpr):
+    """A place in the ring, which is gone round at most once."""
+    return gl.where(place >= SLOTS, place - SLOTS, place)
+
+
+@gluon.jit
 def _fetch(
     view, ready, ring, first, tile, wanted, page_row, latent_start, rope_start,
     J: gl.constexpr, LATENTS: gl.constexpr, ROPES: gl.constexpr, SLOTS: gl.constexpr,
@@ -66,7 +72,7 @@ def _fetch(
 
     A tile's barrier is told of all its bytes at once, with its first chunk.
     """
-    slot = gl.where(first >= SLOTS, first - SLOTS, first)
+    slot = _slot(first, SLOTS)
     column = latent_start + J * 64 if J < LATENTS else rope_start + (J - LATENTS) * 64
     if J == 0:
         mbarrier.expect(ready, 64 * 64 * 2 * (LATENTS + ROPES), pred=wanted)
@@ -147,8 +153,7 @@ def _attend(
         score = gl.zeros([64, HEADS], gl.float32, tile_layout)
         mbarrier.wait(ready.index(i % BARRIERS), i // BARRIERS & 1)
         for j in gl.static_range(CHUNKS):
-            slot = first + j
-            slot = gl.where(slot >= SLOTS, slot - SLOTS, slot)
+            slot = _slot(first + j, SLOTS)
             score = warpgroup_mma(ring.index(slot), queries.index(j).permute((1, 0)), score, is_async=True)
         score = warpgroup_mma_wait(0, deps=(score,))
         score = gl.where((tile + token < end)[:, None], score * score_scale, float("-inf"))
@@ -163,8 +168,7 @@ def _attend(
         block()
         next_sums = ()
         for j in gl.static_range(LATENTS):
-            slot = first + j
-            slot = gl.where(slot >= SLOTS, slot - SLOTS, slot)
+            slot = _slot(first + j, SLOTS)
             one = warpgroup_mma(ring.index(slot).permute((1, 0)), weights, sums_j[j] * kept[None, :], is_async=True)
             next_sums = next_sums + (one,)  # noqa: RUF005 - no * in Triton
         if LATENTS == 1:  # noqa: SIM108 - a choice of types
@@ -180,8 +184,7 @@ def _attend(
                 view, ready.index((i + (SLOTS + k) // CHUNKS) % BARRIERS), ring, first + k, later, later < end,
                 page_row, latent_start, rope_start, (SLOTS + k) % CHUNKS, LATENTS, ROPES, SLOTS
             )  # fmt: skip
-        first = first + CHUNKS
-        first = gl.where(first >= SLOTS, first - SLOTS, first)
+        first = _slot(first + CHUNKS, SLOTS)
 
     for s in gl.static_range(BARRIERS):
         mbarrier.invalidate(ready.index(s))
@@ -216,8 +219,7 @@ def plan(q_latent_BHR: Tensor, cached: Cached) -> Plan | None:
     per_sequence, per_token = entries.stride()[:2]
     if not cached.is_aligned or per_sequence % per_token or cached.page_size % CHUNK:
         return None  # the copy engine wants rows at one distance; a tile lies in one page
-    memory = torch.cuda.get_device_properties(entries.device).shared_memory_per_block_optin
-    return plan_within(memory, q_latent_BHR.shape[1], *chunks_of(cached))
+    return plan_within(shared_memory(entries.device), q_latent_BHR.shape[1], *chunks_of(cached))
 
 
 def plan_within(memory: int, num_heads: int, latents: int, chunks: int) -> Plan | None:
@@ -242,10 +244,9 @@ def chunks_of(cached: Cached) -> tuple[int, int]:
     return latents, latents + triton.cdiv(cached.rope_dim, CHUNK)
 
 
-@cache
 def is_hopper(device: torch.device) -> bool:
     """Whether a device has the instructions of compute capability 9, which later ones have not."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return device.type == "cuda" and capability(device) == 9
 
 
 def attend(q_latent_BHR: Tensor, q_rope_BHP: Tensor, cached: Cached, scale: float, plan: Plan) -> Parts:

@@ -9,7 +9,6 @@ and latents fill them, the few query heads of a model would not.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from math import gcd
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .cached import Cached
+from .gpu import capability, shared_memory
 from .splits import LOG2_E, Parts, num_splits
 
 SMALLEST = 16
@@ -239,10 +239,9 @@ def bulk(cached: Cached, tokens: int) -> bool:
     return cached.is_aligned and cached.page_size % tokens == 0 and can_copy_in_bulk(cached.entries.device)
 
 
-@cache
 def can_copy_in_bulk(device: torch.device) -> bool:
     """Whether a GPU has a copy engine, or is none but Triton's interpreter."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 9
+    return device.type == "cpu" or capability(device) >= 9
 
 
 def aligned(cached: Cached) -> int:
@@ -280,9 +279,3 @@ def launch(heads: int, width: int, size: int, cached: Cached) -> Launch:
         if how.shared_bytes(heads, width, entry_size, size) <= memory and (not how.bulk or bulk(cached, how.tokens)):
             return how
     return LAUNCHES[-1]
-
-
-@cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may share; Triton's interpreter has no bound."""
-    return 2**20 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -5,13 +5,14 @@ Tri Dao et al., Flash-Decoding for long-context inference (2023).
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Self
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .gpu import cores
 
 CPU_SPLITS = 3
 """Splits in Triton's interpreter, which has no multiprocessors to count: more than one, to be tested."""
@@ -81,9 +82,3 @@ def num_splits(programs: int, num_tiles: int, per_core: int, device: torch.devic
     if device.type == "cpu":
         return CPU_SPLITS
     return max(min(per_core * cores(device) // programs, num_tiles), 1)
-
-
-@cache
-def cores(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

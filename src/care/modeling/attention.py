@@ -8,67 +8,17 @@ What is cached is linear in the features of the input (care.types). Where the so
 own keys are computed once, normalized, and then projected into its cache entry; they are not cached.
 """
 
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
-from ..carried import QkNorm
 from ..kernels import Cached
 from ..rope import rotate_half_split, rotate_interleaved, rotation
-from ..types import LatentAttention, Mode
-
-
-@dataclass(frozen=True)
-class LatentShape:
-    """Everything that fixes a layer's module besides its weights; letters as in care.types."""
-
-    mode: Mode
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    nope_dim: int
-    v_head_dim: int
-    rope_dim: int
-    kv_lora_rank: int
-    key_rank: int
-    value_rank: int
-    frequencies: tuple[float, ...]
-    scale: float
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: QkNorm | None = None
-    softcap: float | None = None
-
-    @property
-    def feature_size(self) -> int:
-        """Width of the features without their constant."""
-        return self.hidden_size + (self.num_kv_heads * self.head_dim if self.qk_norm else 0)
-
-    @classmethod
-    def of(cls, latent: LatentAttention, source_frequencies: tuple[float, ...]) -> Self:
-        """The shape of a converted layer."""
-        H, K, D = latent.q_HKD.shape
-        G, N, _ = latent.k_up_GNR.shape
-        rope, carried = latent.rope, latent.carried
-        qk_norm = None
-        if carried.keys and carried.q_norm:
-            norm = carried.keys.norm
-            qk_norm = QkNorm(len(carried.q_norm.weight_W), len(norm.weight_W), norm.eps, norm.offset)
-        return cls(
-            mode=latent.mode, hidden_size=D, num_heads=H, num_kv_heads=G, head_dim=K, nope_dim=N,
-            v_head_dim=latent.v_up_GVR.shape[1], rope_dim=latent.rope_dim, kv_lora_rank=latent.kv_down_RX.shape[0],
-            key_rank=latent.k_rank, value_rank=latent.v_rank,
-            frequencies=source_frequencies if rope is None else rope.frequencies, scale=latent.scale,
-            qkv_bias=carried.constant, out_bias=carried.out_bias_D is not None, qk_norm=qk_norm,
-            softcap=carried.softcap,
-        )  # fmt: skip
+from .kernel_choice import kernel_fits
+from .shape import LatentShape
 
 
 class BlockNorm(nn.Module):
@@ -100,52 +50,6 @@ def capped_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1, dtype=torch.float32).type_as(values) @ values.repeat_interleave(group, 1)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether the decode kernel can be imported; torch for CUDA brings Triton along."""
-    return find_spec("triton") is not None
-
-
-FUSED_WIDTH, FUSED_MULTIPLE = 256, 8
-"""Widest entry at which torch was as fast as the kernel (H200), and what its widths must be multiples of.
-
-Of other widths torch forms all scores.
-"""
-
-LARGE_CACHE = 2**27
-"""Bytes of a layer's cache from which on reading them takes longer than starting kernels from Python (H200)."""
-
-
-def kernel_fits(shape: LatentShape, entry_B1UC: Tensor, mask: Tensor | None) -> bool:
-    """Whether a decode step of an absorbed layer is one for the kernel in care.kernels.decode.
-
-    On a GPU that has room for such entries, in 16 bits, where keys and values are the same latent, scores are not
-    capped, nothing is masked, differentiated or compiled, and the kernel is faster.
-    """
-    joint = shape.key_rank == shape.value_rank == shape.kv_lora_rank
-    plain = mask is None and shape.softcap is None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    sixteen_bits = entry_B1UC.dtype in (torch.bfloat16, torch.float16)
-    if not (joint and plain and sixteen_bits and kernel_is_faster(shape, entry_B1UC)):
-        return False
-    return gpu_can_decode(shape, entry_B1UC.device)
-
-
-def kernel_is_faster(shape: LatentShape, entry_B1UC: Tensor) -> bool:
-    """Than torch's attention: where torch has no fused one for such widths, and for large caches."""
-    width = entry_B1UC.shape[-1]
-    fused = width <= FUSED_WIDTH and width % FUSED_MULTIPLE == shape.value_rank % FUSED_MULTIPLE == 0
-    return not fused or entry_B1UC.nbytes >= LARGE_CACHE
-
-
-def gpu_can_decode(shape: LatentShape, device: torch.device) -> bool:
-    """Whether the kernel runs on a device, and Triton is there."""
-    if device.type != "cuda" or not has_triton():
-        return False
-    from ..kernels.decode import can_decode  # noqa: PLC0415 - needs Triton
-
-    return can_decode(shape.kv_lora_rank, shape.rope_dim, device)
 
 
 class LatentAttentionModule(nn.Module):

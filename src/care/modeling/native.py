@@ -24,7 +24,8 @@ from ..carried import QkNorm
 from ..errors import BadInput
 from ..formats.native import FORMAT_VERSION, MODEL_TYPE_PREFIX, Native, native_class_name
 from ..types import LatentAttention, Target
-from .attention import LatentAttentionModule, LatentShape
+from .attention import LatentAttentionModule
+from .shape import LatentShape
 
 
 def layer_shapes(config: Any) -> list[LatentShape]:  # noqa: ANN401 - transformers configs are made at run time
