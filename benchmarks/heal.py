@@ -31,6 +31,7 @@ from care.calibration import first_windows, load_text, sampled_windows
 from care.conversion import run_conversion
 from care.evaluation import measure
 from care.healing import HealingRequest, Objective, heal
+from care.healing.students import TRAINED
 from care.modeling.lazy_logits import lazy_logits
 from care.modeling.loading import load_model, locate
 from care.source import Source
@@ -69,7 +70,8 @@ def healed(
     asked: dict[str, Any] = {
         "minutes": options.minutes, "tokens": options.tokens, "rate": options.rate, "batch": options.batch,
         "length": options.length, "together": options.together, "held_out": options.held_out,
-        "precision": options.precision, "objective": Objective(beta=options.beta), **(more or {}),
+        "precision": options.precision, "trained": options.train, "compile": options.compile,
+        "objective": Objective(beta=options.beta), **(more or {}),
     }  # fmt: skip
     request = HealingRequest(str(model), source.name, tuple(options.data), **asked)
     if not out.exists():
@@ -98,14 +100,16 @@ def excesses(source: Source, options: argparse.Namespace, models: dict[str, Path
 def plot(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Held-out divergence and cross-entropy of several runs against tokens."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - slow to load
+    from matplotlib.ticker import EngFormatter  # noqa: PLC0415
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for axis, key, label in zip(axes, ("kl", "ce"), ("KL to the teacher", "cross-entropy"), strict=True):
         for (name, looks), marker in zip(curves.items(), "osv^Dx", strict=False):
             axis.plot([x["tokens"] for x in looks], [x[key] for x in looks], marker=marker, label=name)
-        axis.set(ylabel=f"held-out {label}, nats/token")
+        axis.set(ylabel=f"held-out {label},\nnats/token")
     axes[1].set(xlabel="tokens trained on")
+    axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(curves))
     figure.savefig(path, dpi=120)
 
@@ -180,6 +184,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--tokens", type=int)
+    parser.add_argument("--train", choices=TRAINED, default=HealingRequest.trained)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the divergence beside cross-entropy")
     for name in ("rate", "batch", "length", "together", "held_out", "precision"):
         default = getattr(HealingRequest, name)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from safetensors.torch import load_file
 from test_resume import run_care
+from torch._dynamo.utils import counters
 
 import care.healing.run
 from care.calibration import first_windows
@@ -101,6 +103,28 @@ def test_what_saves_memory_changes_no_losses(tiny: TinyModels, tmp_path: Path, o
     plain = heal(request_for(tiny, together=4), tmp_path / "plain")
     other = heal(replace(request_for(tiny, together=4), **options), tmp_path / "other")
     assert_numbers(losses_of(other), losses_of(plain), "fp32 nats")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports
+def test_fused_operations_change_no_losses(tiny: TinyModels, tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here: --compile is not tested")
+    plain = heal(request_for(tiny), tmp_path / "plain")
+    torch._dynamo.reset()
+    counters.clear()
+    fused = heal(request_for(tiny, compile=True), tmp_path / "fused")
+    # The probe, norms, feed-forward networks and terms, with gradients and without.
+    assert counters["stats"]["unique_graphs"] >= 7
+    assert_numbers(losses_of(fused), losses_of(plain), "fp32 nats")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports
+def test_fusing_without_a_compiler(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    with pytest.raises(BadInput, match=r"--compile: torch cannot compile here .*leave it out"):
+        heal(request_for(tiny, compile=True), tmp_path / "healed")
 
 
 def test_bfloat16_heals_too(tiny: TinyModels, tmp_path: Path) -> None:

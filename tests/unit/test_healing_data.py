@@ -1,10 +1,13 @@
 """Windows to train on and held out, what the teacher writes, and the journal of a run."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from care.errors import BadInput, InvalidRecipe
 from care.healing import HealingRequest, HeldOut, Objective, Step
@@ -58,12 +61,13 @@ def test_any_part_of_the_stream_can_be_asked_for() -> None:
 
 
 def test_the_teacher_writes_likely_text(tiny: TinyModels) -> None:
-    """Every window is full, the same for the same seed, and likelier than random tokens."""
+    """All of it, the same for the same seed, and likelier than random tokens."""
     teacher = tiny.source_model("llama-gqa")
-    written = write_text(teacher, 256, 16, 70, seed=1)
-    assert written.shape == (70, 16)
-    assert torch.equal(written, write_text(teacher, 256, 16, 70, seed=1))
-    assert not torch.equal(written, write_text(teacher, 256, 16, 70, seed=2))
+    text = write_text(teacher, 256, 16, 70, seed=1)
+    assert text.shape == (70 * 16,)
+    assert torch.equal(text, write_text(teacher, 256, 16, 70, seed=1))
+    assert not torch.equal(text, write_text(teacher, 256, 16, 70, seed=2))
+    written = text.view(70, 16)
     start = torch.full((70, 1), 256)
     random = torch.randint(0, 256, written.shape)
     losses = [teacher(input_ids=tokens, labels=tokens).loss.item() for tokens in (
@@ -72,8 +76,25 @@ def test_the_teacher_writes_likely_text(tiny: TinyModels) -> None:
 
 
 def test_the_teacher_stops_writing_when_told(tiny: TinyModels) -> None:
-    written = write_text(tiny.source_model("llama-gqa"), 256, 4, 200, seed=1, enough=lambda: True)
-    assert len(written) == 64
+    """In the middle of its windows: a deadline that has passed leaves a token of each of the first ones."""
+    assert len(write_text(tiny.source_model("llama-gqa"), 256, 4, 200, seed=1, deadline=time.monotonic())) == 64
+
+
+def test_the_teacher_writes_less_at_once_where_memory_is_short(
+    tiny: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tiny.source_model("llama-gqa")
+    sizes, generate = list[int](), teacher.generate
+
+    def short_of_memory(**asked: Any) -> Tensor:
+        sizes.append(len(asked["input_ids"]))
+        if sizes[-1] > 20:
+            raise torch.OutOfMemoryError
+        return generate(**asked)
+
+    monkeypatch.setattr(teacher, "generate", short_of_memory)
+    assert len(write_text(teacher, 256, 4, 40, seed=1)) == 4 * 40
+    assert sizes == [40, 32, 16, 16, 8]
 
 
 def step(number: int, loss: float = 1.0) -> Step:

@@ -51,6 +51,7 @@ from .console import LOG_SECONDS, device_option, emit, err, json_option, rich_tr
     help="Of products; sums are fp32.",
 )
 @click.option("--recompute", is_flag=True, help="Gradient checkpointing: less memory, a third more time.")
+@click.option("--compile", is_flag=True, help="Fuse norms, feed-forward networks and losses; needs a C++ compiler.")
 @click.option("--seed", default=HealingRequest.seed, show_default=True, help="Draws the order of windows.")
 @click.option(
     "--checkpoint-minutes", default=HealingRequest.checkpoint_minutes, show_default=True, help="Between checkpoints."

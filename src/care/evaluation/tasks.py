@@ -20,7 +20,7 @@ from ..progress import Track, silent
 from .cache import cache_name
 from .pairs import encode_pair
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 16384
 """Tokens, padding included, that go through the model at a time; one question may be longer."""
 
 
@@ -111,7 +111,8 @@ def log_probabilities(
 ) -> list[list[float]]:
     """ln p(continuation | context) of every option of every row; a context is read once for all its continuations."""
     found = [[0.0] * len(row.options) for row in rows]
-    batches = _batches(_questions(tokenizer, rows))
+    on_gpu = model.device.type == "cuda"
+    batches = _batches(_questions(tokenizer, rows), GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS)
     with torch.inference_mode():
         for batch in track(batches, label=label or "answering", total=len(batches)):
             for continuation, logp in _answers(model, batch):
@@ -129,7 +130,7 @@ def _questions(tokenizer: Any, rows: Sequence[Row]) -> list[_Question]:  # noqa:
     return [_Question(context, tuple(continuations)) for (_, context), continuations in found.items()]
 
 
-def _batches(questions: Sequence[_Question]) -> list[list[_Question]]:
+def _batches(questions: Sequence[_Question], most_tokens: int) -> list[list[_Question]]:
     """Questions with contexts of one length, so that only continuations are padded."""
     batches: list[list[_Question]] = []
     cost = longest = options = 0
@@ -137,7 +138,7 @@ def _batches(questions: Sequence[_Question]) -> list[list[_Question]]:
         same = bool(batches) and len(batches[-1][0].context) == len(question.context)
         longest, options = max(longest, question.longest), options + len(question.continuations)
         cost = ((len(batches[-1]) + 1) * len(question.context) + options * longest) if same else 0
-        if not same or cost > BATCH_TOKENS:
+        if not same or cost > most_tokens:
             batches.append([])
             longest, options = question.longest, len(question.continuations)
         batches[-1].append(question)
@@ -162,14 +163,15 @@ def _answers(model: Any, batch: Sequence[_Question]) -> list[tuple[_Continuation
         padded_NT = torch.tensor(padded, device=device)
         next_NTV = model(input_ids=padded_NT, use_cache=True, **{name: begun[name]}).logits
         rest = [torch.cat((first_NV[i, None], next_NTV[i])) for i in range(len(asked))]
-    return [(c, _sum(logits_TV, c.tokens)) for logits_TV, (_, c) in zip(rest, asked, strict=True)]
+    sums = torch.stack([_sum(logits_TV, c.tokens) for logits_TV, (_, c) in zip(rest, asked, strict=True)])
+    return [(c, value) for (_, c), value in zip(asked, sums.tolist(), strict=True)]
 
 
-def _sum(logits_TV: Tensor, tokens: Sequence[int]) -> float:
-    """Log-probability of tokens, the first of which the first logits predict."""
+def _sum(logits_TV: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Log-probability of tokens, the first of which the first logits predict: (), where it was made."""
     labels_T = torch.tensor(tokens, device=logits_TV.device)
     logp_TV = logits_TV[: len(tokens)].float().log_softmax(-1)
-    return float(logp_TV.gather(1, labels_T[:, None]).double().sum())
+    return logp_TV.gather(1, labels_T[:, None]).double().sum()
 
 
 def _answer(logp: Sequence[float], row: Row, *, normalized: bool) -> int:

@@ -1,7 +1,8 @@
 """Windows to train on and windows held out: from texts in equal shares, or from what the teacher writes."""
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ SELF = "self"
 HELD_OUT_SHARE = 0.05
 """Part of each text, from its end, that is held out, unless the number of windows asked for is less."""
 
-WRITTEN_AT_ONCE = 64
+WRITTEN_AT_ONCE, GPU_WRITTEN_AT_ONCE = 64, 1024
 """Windows that the teacher writes side by side: decoding reads every weight once for all of them."""
 
 
@@ -71,24 +72,44 @@ def write_text(
     count: int,
     seed: int,
     *,
-    enough: Callable[[], bool] = lambda: False,
+    deadline: float | None = None,
     track: Track = silent,
 ) -> Tensor:
-    """Up to `count` windows (B, length) that the teacher writes at temperature 1 from the token `start`.
+    """What the teacher writes at temperature 1 from the token `start`, `count` times `length` tokens in a row: (T,).
 
-    Stops early, after whole batches, when `enough` says so. A window goes on over ends of text, as texts do in files.
+    Less where the deadline (of time.monotonic) comes first. A window goes on over ends of text, as texts do in files.
     """
-    sizes = [min(WRITTEN_AT_ONCE, count - first) for first in range(0, count, WRITTEN_AT_ONCE)]
-    written = list[Tensor]()
-    for number, size in enumerate(track(sizes, label="the teacher writes", total=len(sizes))):
-        if written and enough():
-            break
-        torch.manual_seed(seed + number)
-        first = torch.full((size, 1), start, device=teacher.device)
-        with torch.inference_mode():
-            tokens_BT = teacher.generate(
-                input_ids=first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0,
-                top_p=1.0, max_new_tokens=length, min_new_tokens=length,
-            )  # fmt: skip
-        written.append(tokens_BT[:, 1 : length + 1].cpu())
-    return torch.cat(written).clone()
+    at_once = GPU_WRITTEN_AT_ONCE if teacher.device.type == "cuda" else WRITTEN_AT_ONCE
+    batches = _write_windows(teacher, start, length, count, seed, at_once, deadline)
+    written = list(track(batches, label="the teacher writes", total=math.ceil(count / at_once)))
+    return torch.cat([tokens_BT.flatten() for tokens_BT in written])
+
+
+def _write_windows(
+    teacher: Any,  # noqa: ANN401
+    start: int,
+    length: int,
+    count: int,
+    seed: int,
+    at_once: int,
+    deadline: float | None,
+) -> Iterator[Tensor]:
+    """Batches of windows; of half as many where memory does not suffice."""
+    left = count
+    while left and (left == count or deadline is None or time.monotonic() < deadline):
+        torch.manual_seed(seed + count - left)
+        first = torch.full((min(at_once, left), 1), start, device=teacher.device)
+        try:
+            with torch.inference_mode():
+                tokens_BT = teacher.generate(
+                    input_ids=first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0,
+                    top_p=1.0, max_new_tokens=length, min_new_tokens=length,
+                    max_time=None if deadline is None else max(deadline - time.monotonic(), 0.0),
+                )  # fmt: skip
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            at_once //= 2
+            continue
+        left -= len(first)
+        yield tokens_BT[:, 1 : length + 1].cpu()

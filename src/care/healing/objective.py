@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-CHUNK = 256
-"""Positions whose logits are held at a time."""
+CHUNK, GPU_CHUNK = 256, 1024
+"""Positions whose logits are held at a time: on a GPU starting an operation takes as long as some hundred positions."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,12 @@ class Head:
 
     @classmethod
     def of(cls, model: Any) -> "Head":  # noqa: ANN401 - a transformers model
-        """The output head of a causal language model."""
-        return cls(model.get_output_embeddings().weight, getattr(model.config, "final_logit_softcapping", None))
+        """The output head of a causal language model; a frozen one in autocast's type, not cast for every chunk."""
+        weight_VD = model.get_output_embeddings().weight
+        kind = weight_VD.device.type
+        if torch.is_autocast_enabled(kind) and not weight_VD.requires_grad:
+            weight_VD = weight_VD.to(torch.get_autocast_dtype(kind))
+        return cls(weight_VD, getattr(model.config, "final_logit_softcapping", None))
 
     def logits(self, hidden_ND: Tensor, weight_VD: Tensor, width: int) -> Tensor:
         """Logits (N, width) of the first `width` tokens; what a padded vocabulary has beyond is left out."""
@@ -73,8 +77,9 @@ class _ChunkedTerms(torch.autograd.Function):
         if wanted[1]:
             sums[1] = torch.zeros_like(weight_VD, dtype=torch.float32)
         weight = weight_VD.detach().requires_grad_(wanted[1])
-        for start in range(0, len(hidden_ND), CHUNK):
-            part = slice(start, start + CHUNK)
+        chunk = GPU_CHUNK if hidden_ND.device.type == "cuda" else CHUNK
+        for start in range(0, len(hidden_ND), chunk):
+            part = slice(start, start + chunk)
             hidden = hidden_ND[part].detach().requires_grad_(wanted[0])
             with torch.set_grad_enabled(any(wanted)):
                 found = terms_of(hidden, weight, part)
@@ -99,7 +104,7 @@ class Distiller(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.student, self.objective = student, objective
+        self.student, self.terms = student, objective.terms
         self.teacher = teacher.requires_grad_(requires_grad=False)
         # Where Accelerate finds which modules to shard one by one.
         self._no_split_modules: Any = sorted(
@@ -118,10 +123,22 @@ class Distiller(nn.Module):
         def terms_of(hidden_ND: Tensor, weight_VD: Tensor, part: slice) -> Tensor:
             with torch.no_grad():
                 target_NV = teacher.logits(teacher_ND[part], teacher.weight_VD, width)
-            return self.objective.terms(student.logits(hidden_ND, weight_VD, width), target_NV, labels_N[part])
+            return self.terms(student.logits(hidden_ND, weight_VD, width), target_NV, labels_N[part])
 
         sums: Any = _ChunkedTerms.apply(student_ND, student.weight_VD, terms_of)
         return sums / len(labels_N)
+
+    def fuse(self) -> None:
+        """Compile what all layers have alike, norms and feed-forward networks, and the terms.
+
+        Attention stays as it is: each layer has ranks of its own and would be compiled as often.
+        """
+        for model in (self.student, self.teacher):
+            for layer in model.get_submodule("model.layers").children():
+                for name, child in layer.named_children():
+                    if name != "self_attn":
+                        child.compile()
+        self.terms = torch.compile(self.terms, dynamic=False)
 
 
 def hidden_states(model: Any, tokens_BT: Tensor) -> Tensor:  # noqa: ANN401

@@ -35,6 +35,7 @@ class HealingRequest:
     refit_tokens: int | None = None
     precision: str = "float32"
     recompute: bool = False
+    compile: bool = False
     seed: int = 0
     checkpoint_minutes: float = 5.0
 

@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from ..architectures import architecture_for
 from ..calibration import load_text
 from ..checkpoint import CONVERSION_NAME, INDEX_NAME, SafetensorsReader, check_finite, read_json
-from ..errors import BadInput, InvalidRecipe
+from ..errors import BadInput, InvalidRecipe, first_line
 from ..licenses import CARD_NAME, stated_license
 from ..modeling.loading import Location, load_config, load_model, load_tokenizer, locate, tokenize
 from ..output import CheckpointWriter, Say, check_output_free, check_space, partial_of, save_tensors, unsaid, writing
@@ -37,7 +38,7 @@ HEALING_NAME = "healing.json"
 CURVE_NAME = "healing.png"
 """What a healed model's directory has beside a converted one's files."""
 
-WRITTEN_TOKENS = 2**17
+WRITTEN_TOKENS = 2**24
 """Most tokens that the teacher writes; a longer run sees them again."""
 
 WRITTEN_SHARE = 0.3
@@ -148,6 +149,9 @@ class _Job:
         if request.recompute:
             recompute_activations(student)
         distiller = Distiller(student, teacher, request.objective)
+        if request.compile:
+            check_compiler(str(self._accelerator.device))
+            distiller.fuse()
         return Training(self._accelerator, request, distiller, rates(student), windows, self._work, meter)
 
     def _teacher(self) -> Any:  # noqa: ANN401
@@ -185,17 +189,18 @@ class _Job:
         return {**train, "held-out": windows.held_out_BT.int()}
 
     def _written(self, teacher: Any, tokenizer: Any) -> Tensor:  # noqa: ANN401
-        """What the teacher writes, window after window, as one text."""
+        """What the teacher writes: as much as is trained on, or for a share of the minutes."""
         request = self._request
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise BadInput("this tokenizer has no token that a text begins with; use --data FILE")
         wanted = min(request.tokens or WRITTEN_TOKENS, WRITTEN_TOKENS) // request.length + 2 * request.held_out
         deadline = self._start + 60 * WRITTEN_SHARE * request.minutes if request.minutes else None
-        return write_text(
-            teacher, start, request.length, wanted, request.seed,
-            enough=lambda: deadline is not None and time.monotonic() > deadline, track=self._track,
-        ).flatten()  # fmt: skip
+        # In fp32 on a CPU, where autocast would cast all weights for every token.
+        with nullcontext() if teacher.device.type == "cpu" else self._accelerator.autocast():
+            return write_text(
+                teacher, start, request.length, wanted, request.seed, deadline=deadline, track=self._track
+            )
 
     def _refit_outputs(self, windows: Windows) -> Mapping[str, Tensor]:
         """Where the conversion had no refit, teacher and student are of one shape, and it was not switched off."""
@@ -247,6 +252,14 @@ def overfitting(steps: list[dict[str, Any]], looks: list[dict[str, Any]]) -> dic
         "held_out_kl": looks[-1]["kl"],
         "best_held_out_kl": min(look["kl"] for look in looks),
     }
+
+
+def check_compiler(device: str) -> None:
+    """BadInput where torch cannot compile for the device: it needs a C++ compiler, and Triton on a GPU."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except BackendCompilerFailed as error:
+        raise BadInput(f"--compile: torch cannot compile here ({first_line(error)}); leave it out") from error
 
 
 def was_refit(directory: Path) -> bool:

@@ -61,7 +61,9 @@ class Training:
         named = {name: p for name, p in distiller.named_parameters() if p.requires_grad}
         self._names = frozenset(named)
         groups = [{"params": [p], "scale": rates[name.removeprefix(STUDENT)]} for name, p in named.items()]
-        optimizer = torch.optim.AdamW(groups, lr=request.rate, betas=BETAS, weight_decay=0.0)
+        # Every parameter is a group of its own, so what is fused is fused within one parameter.
+        fused = accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=request.rate, betas=BETAS, weight_decay=0.0, fused=fused)
         self._model, self._optimizer = accelerator.prepare(distiller, optimizer)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._journal = Journal(work / "journal.jsonl") if accelerator.is_main_process else None

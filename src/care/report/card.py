@@ -162,7 +162,8 @@ def _healing_command(asked: Mapping[str, Any]) -> str:
     objective = asked["objective"]
     options += [f"--beta {objective['beta']}", f"--temperature {objective['temperature']}"]
     options += [] if objective["ce"] else ["--kl-only"]
-    options += ["--together " + str(asked["together"])] + (["--recompute"] if asked["recompute"] else [])
+    options += ["--together " + str(asked["together"])]
+    options += [f"--{name}" for name in ("recompute", "compile") if asked[name]]
     parts += [" ".join(options[first : first + 4]) for first in range(0, len(options), 4)]
     return " \\\n    ".join(parts)
 
