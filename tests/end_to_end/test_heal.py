@@ -159,6 +159,8 @@ def test_the_teacher_can_write_the_text(tiny: TinyModels, tmp_path: Path) -> Non
     asked = replace(request_for(tiny, tokens=4096, rate=3e-2), data=("self",))
     report = heal(asked, tmp_path / "healed")
     assert report["request"]["data"] == ["self"]
+    # It writes the 128 windows that are trained on, the three that are held out, and three more.
+    assert report["rounds"] == [128 / 131]
     assert report["held_out"][-1]["kl"] < report["held_out"][0]["kl"]
 
 

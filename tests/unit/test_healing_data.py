@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from care.commands.heal import read_too_often
 from care.errors import BadInput, InvalidRecipe
 from care.healing import HealingRequest, HeldOut, Objective, Step
 from care.healing.curve import running_mean
@@ -58,6 +59,20 @@ def test_any_part_of_the_stream_can_be_asked_for() -> None:
     whole = windows.batch(0, 60, seed=3)
     assert torch.equal(windows.batch(17, 20, seed=3), whole[17:37])
     assert not torch.equal(windows.batch(0, 60, seed=4), whole)
+
+
+def test_how_often_texts_are_read() -> None:
+    windows = Windows((torch.zeros(2, 4), torch.zeros(8, 4)), torch.zeros(1, 4))
+    assert windows.rounds(16) == [4.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "held_out", "wanted"), [(6.0, 0.285, True), (0.9, 0.285, False), (6.0, 0.23, False)]
+)
+def test_more_text_is_advised_where_it_lacks(rounds: float, held_out: float, wanted: bool) -> None:
+    found = {"train_kl": 0.220, "held_out_kl": held_out}
+    assert read_too_often({"rounds": [0.1, rounds], "overfitting": found}) == wanted
+    assert not read_too_often({"rounds": [rounds], "overfitting": None})
 
 
 def test_the_teacher_writes_likely_text(tiny: TinyModels) -> None:

@@ -36,6 +36,10 @@ class Windows:
         """
         return torch.stack([self._window(number, seed) for number in range(first, first + count)])
 
+    def rounds(self, count: int) -> list[float]:
+        """How often each text has been read after `count` windows of the stream."""
+        return [count / len(self.train) / len(windows_BT) for windows_BT in self.train]
+
     def _window(self, number: int, seed: int) -> Tensor:
         text, turn = number % len(self.train), number // len(self.train)
         windows_BT = self.train[text]

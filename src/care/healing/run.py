@@ -138,12 +138,13 @@ class _Job:
         self._work, self._say, self._track = work, say, track
         self._start = time.monotonic()
         self._refit: Mapping[str, Tensor] = {}
+        self._windows = Windows((), torch.empty(0))
 
     def training(self, meter: Meter) -> Training:
         """Everything up to the first step, or to the one after the last checkpoint."""
         request = self._request
         teacher = self._teacher()
-        windows = self._windows(teacher)
+        windows = self._windows = self._cut_once(teacher)
         self._refit = self._made("refit", lambda: self._refit_outputs(windows))
         student = self._student()
         if request.recompute:
@@ -173,7 +174,7 @@ class _Job:
         self._accelerator.wait_for_everyone()
         return load_file(path)
 
-    def _windows(self, teacher: Any) -> Windows:  # noqa: ANN401
+    def _cut_once(self, teacher: Any) -> Windows:  # noqa: ANN401
         made = self._made("windows", lambda: self._cut(teacher))
         train = tuple(made[f"train-{number}"].long() for number in range(len(made) - 1))
         return Windows(train, made["held-out"].long())
@@ -236,6 +237,7 @@ class _Job:
             "refit": sorted(self._refit) != [],
             "num_steps": num_steps,
             "seconds": training.journal.seconds,
+            "rounds": self._windows.rounds(num_steps * self._request.batch),
             "overfitting": overfitting(steps, looks),
             "held_out": looks,
             "steps": steps,
