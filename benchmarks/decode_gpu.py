@@ -431,6 +431,8 @@ def main() -> None:
         if not given.smoke:
             parser.error("--device cpu runs in Triton's interpreter: add --smoke")
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device here: --device cpu --smoke goes through all of it in Triton's interpreter")
     run(given.result, given.device, smoke=given.smoke)
 
 

@@ -5,7 +5,7 @@
     python benchmarks/heal.py again    SRC DIR RESULT.json --data FILE ... --test FILE ... --tokens 65536
     python benchmarks/heal.py parity   SRC DIR RESULT.json --data FILE ... --tokens 65536
 
-short    converts SRC by `best`, heals it, and measures before and after on texts not trained on.
+short    converts SRC by `best`, heals it, and measures before and after on texts not trained on, and on --tasks.
 starts   the same from transmla, care-mla and best, all at the same share of the cache, with the same tokens.
 again    best at half the cache, healed, against best at five eighths, healed on half the tokens, cut to half the cache
          by what its training made of it (benchmarks/reranking.py), and healed on as many tokens again.
@@ -18,9 +18,12 @@ import argparse
 import json
 import math
 import platform
+import sys
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from reranking import choose_again
 from care import load_recipe, open_source
 from care.calibration import first_windows, load_text, sampled_windows
 from care.conversion import run_conversion
-from care.evaluation import measure
+from care.evaluation import load_task, measure, score
 from care.healing import HealingRequest, Objective, heal
 from care.healing.students import TRAINED
 from care.modeling.lazy_logits import lazy_logits
@@ -40,6 +43,9 @@ from care.statistics import CalibrationRequest
 WINDOW, WINDOWS = 1024, 24
 CHOSEN_ON = 32
 """Windows of training text on which ranks are chosen again."""
+
+KEPT = ("trained", "rate", "batch", "length", "precision", "seed")
+"""Settings that a run in DIR must have been made with, beside its objective, to be taken for the one asked for."""
 
 STARTS = ("transmla", "care-mla", "best")
 
@@ -76,7 +82,13 @@ def healed(
     request = HealingRequest(str(model), source.name, tuple(options.data), **asked)
     if not out.exists():
         heal(request, out, device=options.device, say=print)
-    return out, json.loads((out / "healing.json").read_text())
+    report = json.loads((out / "healing.json").read_text())
+    recorded = report["request"]
+    if (recorded["objective"], *(recorded[key] for key in KEPT)) != (
+        asdict(request.objective), *(getattr(request, key) for key in KEPT)
+    ):  # fmt: skip
+        sys.exit(f"{out} was healed with other settings; use another DIR")
+    return out, report
 
 
 def excesses(source: Source, options: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:
@@ -94,6 +106,19 @@ def excesses(source: Source, options: argparse.Namespace, models: dict[str, Path
             name: {"perplexity": quality[name].perplexity, "excess": quality[name].nll - base, "kl": quality[name].kl}
             for name in models
         }
+    return found
+
+
+def answers(source: Source, options: argparse.Namespace, models: dict[str, Path]) -> dict[str, Any]:
+    """Shares of right answers per task and their means over tasks, acc and acc_norm apart, of the source and models."""
+    found: dict[str, Any] = {}
+    for name, at in {"source": None, **models}.items():
+        model = source.model if at is None else load_model(locate(str(at)), dtype=torch.float32, device=options.device)
+        scores = {task.name: score(model, source.tokenizer, load_task(task)) for task in options.tasks}
+        found[name] = {task: asdict(one) for task, one in scores.items()}
+        for kind in ("acc", "acc_norm"):
+            values = [value for one in scores.values() if (value := getattr(one, kind)) is not None]
+            found[name][f"mean {kind}"] = fmean(values) if values else None
     return found
 
 
@@ -120,7 +145,8 @@ def short(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     out, report = healed(source, options, model)
     quality = excesses(source, options, {"one shot": model, "healed": out})
     left = {text: rows["healed"]["excess"] / rows["one shot"]["excess"] for text, rows in quality.items()}
-    return {"quality": quality, "excess left": left, "runs": {"best": report}}
+    tasks = answers(source, options, {"one shot": model, "healed": out}) if options.tasks else {}
+    return {"quality": quality, "excess left": left, "tasks": tasks, "runs": {"best": report}}
 
 
 def starts(source: Source, options: argparse.Namespace) -> dict[str, Any]:
@@ -178,6 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("result", type=Path)
     parser.add_argument("--data", nargs="+", required=True, help="texts to train on, in equal shares")
     parser.add_argument("--test", nargs="+", default=[], help="texts to measure on")
+    parser.add_argument("--tasks", nargs="+", default=[], type=Path, help="multiple-choice rows, for short")
     parser.add_argument("--calibration", help="text for conversion; default: the first of --data")
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--budget", type=float, default=0.5, help="share of the cache that short and starts keep")
@@ -196,6 +223,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run one experiment, write its figures and its picture."""
     options = parse()
+    for task in options.tasks:
+        load_task(task)  # or stop before hours of healing
     options.directory.mkdir(parents=True, exist_ok=True)
     source = open_source(options.source, options.device)
     result = EXPERIMENTS[options.experiment](source, options)

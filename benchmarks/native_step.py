@@ -104,4 +104,6 @@ def main(result: Path) -> None:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("native_step.py needs a CUDA device")
     main(Path(sys.argv[1]))

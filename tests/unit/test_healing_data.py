@@ -71,8 +71,8 @@ def test_how_often_texts_are_read() -> None:
 )
 def test_more_text_is_advised_where_it_lacks(rounds: float, held_out: float, wanted: bool) -> None:
     found = {"train_kl": 0.220, "held_out_kl": held_out}
-    assert read_too_often({"rounds": [0.1, rounds], "overfitting": found}) == wanted
-    assert not read_too_often({"rounds": [rounds], "overfitting": None})
+    assert read_too_often({"rounds": {"long": 0.1, "short": rounds}, "overfitting": found}) == wanted
+    assert not read_too_often({"rounds": {"short": rounds}, "overfitting": None})
 
 
 def test_the_teacher_writes_likely_text(tiny: TinyModels) -> None:
@@ -90,9 +90,13 @@ def test_the_teacher_writes_likely_text(tiny: TinyModels) -> None:
     assert losses[0] < losses[1] - 1
 
 
-def test_the_teacher_stops_writing_when_told(tiny: TinyModels) -> None:
-    """In the middle of its windows: a deadline that has passed leaves a token of each of the first ones."""
-    assert len(write_text(tiny.source_model("llama-gqa"), 256, 4, 200, seed=1, deadline=time.monotonic())) == 64
+def test_the_teacher_stops_writing_when_told(tiny: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes ten seconds with every look at it: a batch begins at 0, 30 and 60, not at 90."""
+    teacher = tiny.source_model("llama-gqa")
+    assert len(write_text(teacher, 256, 4, 200, seed=1, deadline=time.monotonic())) == 4 * 64
+    ticks = iter(range(0, 1000, 10))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
+    assert len(write_text(teacher, 256, 4, 1000, seed=1, deadline=75.0)) == 4 * 64 * 3
 
 
 def test_the_teacher_writes_less_at_once_where_memory_is_short(

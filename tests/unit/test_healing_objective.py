@@ -1,5 +1,7 @@
 """The chunked objective against the formula written out on all logits at once."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,19 @@ def test_a_vocabulary_that_the_teacher_pads() -> None:
     """Rows beyond the smaller vocabulary are padding and count for nothing."""
     head = Head(torch.randn(12, 4), None)
     assert head.logits(torch.randn(3, 4), head.weight_VD, 10).shape == (3, 10)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports
+def test_what_is_fused(tiny: TinyModels) -> None:
+    """All that a layer has beside attention, of both models, and the terms."""
+    student, teacher, asked = (tiny.source_model("llama-gqa"), tiny.source_model("llama-mha"), Objective())
+    distiller = Distiller(copy.deepcopy(student), copy.deepcopy(teacher), asked)
+    distiller.fuse()
+    for model in (distiller.student, distiller.teacher):
+        for layer in model.get_submodule("model.layers").children():
+            fused = {name for name, child in layer.named_children() if child._compiled_call_impl is not None}  # pyright: ignore[reportPrivateUsage]
+            assert fused == {"mlp", "input_layernorm", "post_attention_layernorm"}
+    assert distiller.terms != asked.terms
 
 
 def test_the_teacher_is_frozen() -> None:

@@ -20,7 +20,7 @@ from ..progress import Track, silent
 from .cache import cache_name
 from .pairs import encode_pair
 
-BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, 16384
+BATCH_TOKENS = 4096
 """Tokens, padding included, that go through the model at a time; one question may be longer."""
 
 
@@ -111,8 +111,7 @@ def log_probabilities(
 ) -> list[list[float]]:
     """ln p(continuation | context) of every option of every row; a context is read once for all its continuations."""
     found = [[0.0] * len(row.options) for row in rows]
-    on_gpu = model.device.type == "cuda"
-    batches = _batches(_questions(tokenizer, rows), GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS)
+    batches = _batches(_questions(tokenizer, rows))
     with torch.inference_mode():
         for batch in track(batches, label=label or "answering", total=len(batches)):
             for continuation, logp in _answers(model, batch):
@@ -130,7 +129,7 @@ def _questions(tokenizer: Any, rows: Sequence[Row]) -> list[_Question]:  # noqa:
     return [_Question(context, tuple(continuations)) for (_, context), continuations in found.items()]
 
 
-def _batches(questions: Sequence[_Question], most_tokens: int) -> list[list[_Question]]:
+def _batches(questions: Sequence[_Question]) -> list[list[_Question]]:
     """Questions with contexts of one length, so that only continuations are padded."""
     batches: list[list[_Question]] = []
     cost = longest = options = 0
@@ -138,7 +137,7 @@ def _batches(questions: Sequence[_Question], most_tokens: int) -> list[list[_Que
         same = bool(batches) and len(batches[-1][0].context) == len(question.context)
         longest, options = max(longest, question.longest), options + len(question.continuations)
         cost = ((len(batches[-1]) + 1) * len(question.context) + options * longest) if same else 0
-        if not same or cost > most_tokens:
+        if not same or cost > BATCH_TOKENS:
             batches.append([])
             longest, options = question.longest, len(question.continuations)
         batches[-1].append(question)

@@ -81,7 +81,8 @@ def write_text(
 ) -> Tensor:
     """What the teacher writes at temperature 1 from the token `start`, `count` times `length` tokens in a row: (T,).
 
-    Less where the deadline (of time.monotonic) comes first. A window goes on over ends of text, as texts do in files.
+    A batch of windows that would end after the deadline (of time.monotonic), as long as the one before took, is not
+    begun, but for the first. A window goes on over ends of text, as texts do in files.
     """
     at_once = GPU_WRITTEN_AT_ONCE if teacher.device.type == "cuda" else WRITTEN_AT_ONCE
     batches = _write_windows(teacher, start, length, count, seed, at_once, deadline)
@@ -99,8 +100,9 @@ def _write_windows(
     deadline: float | None,
 ) -> Iterator[Tensor]:
     """Batches of windows; of half as many where memory does not suffice."""
-    left = count
-    while left and (left == count or deadline is None or time.monotonic() < deadline):
+    left, took = count, 0.0
+    while left and (left == count or deadline is None or time.monotonic() + took < deadline):
+        begun = time.monotonic()
         torch.manual_seed(seed + count - left)
         first = torch.full((min(at_once, left), 1), start, device=teacher.device)
         try:
@@ -108,7 +110,6 @@ def _write_windows(
                 tokens_BT = teacher.generate(
                     input_ids=first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0,
                     top_p=1.0, max_new_tokens=length, min_new_tokens=length,
-                    max_time=None if deadline is None else max(deadline - time.monotonic(), 0.0),
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             if at_once == 1:
@@ -117,3 +118,4 @@ def _write_windows(
             continue
         left -= len(first)
         yield tokens_BT[:, 1 : length + 1].cpu()
+        took = time.monotonic() - begun

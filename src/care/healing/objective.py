@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 CHUNK, GPU_CHUNK = 256, 1024
-"""Positions whose logits are held at a time: on a GPU starting an operation takes as long as some hundred positions."""
+"""Positions whose logits are held at a time: on a GPU more, as operations on few would wait to be started."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class Distiller(nn.Module):
             for layer in model.get_submodule("model.layers").children():
                 for name, child in layer.named_children():
                     if name != "self_attn":
-                        child.compile()
+                        # By shape, so that a run that goes on has the same sums, whichever shape comes first.
+                        child.compile(dynamic=False)
         self.terms = torch.compile(self.terms, dynamic=False)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import ShortenTraceback
 
 from ..architectures import architecture_for
 from ..calibration import load_text
@@ -23,6 +24,7 @@ from ..licenses import CARD_NAME, stated_license
 from ..modeling.loading import Location, load_config, load_model, load_tokenizer, locate, tokenize
 from ..output import CheckpointWriter, Say, check_output_free, check_space, partial_of, save_tensors, unsaid, writing
 from ..progress import Track, silent
+from ..ranks import PATIENCE
 from ..refit import Ridge
 from ..report import model_card
 from ..version import __version__
@@ -97,9 +99,15 @@ def heal(
     check_output_free(out_dir)
     # Accelerate keeps its first choice for the life of the process; a second run may make another.
     AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if request.precision == "bfloat16" else "no")
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision="bf16" if request.precision == "bfloat16" else "no",
+        # Others wait while one refits, or has the teacher write.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )  # fmt: skip
     if request.batch % accelerator.num_processes:
         raise InvalidRecipe(f"--batch {request.batch} cannot be shared evenly by {accelerator.num_processes} processes")
+    if request.compile:
+        check_compiler(str(accelerator.device))
     pair = open_pair(request.model, request.teacher)
     reader = SafetensorsReader(pair.student.directory)
     check_space(out_dir, reader.num_bytes())
@@ -136,24 +144,24 @@ class _Job:
     ) -> None:
         self._request, self._pair, self._accelerator = request, pair, accelerator
         self._work, self._say, self._track = work, say, track
-        self._start = time.monotonic()
+        self._spent = 0.0
         self._refit: Mapping[str, Tensor] = {}
-        self._windows = Windows((), torch.empty(0))
 
     def training(self, meter: Meter) -> Training:
         """Everything up to the first step, or to the one after the last checkpoint."""
         request = self._request
         teacher = self._teacher()
-        windows = self._windows = self._cut_once(teacher)
+        windows = self._windows(teacher)
         self._refit = self._made("refit", lambda: self._refit_outputs(windows))
         student = self._student()
         if request.recompute:
             recompute_activations(student)
         distiller = Distiller(student, teacher, request.objective)
         if request.compile:
-            check_compiler(str(self._accelerator.device))
             distiller.fuse()
-        return Training(self._accelerator, request, distiller, rates(student), windows, self._work, meter)
+        return Training(
+            self._accelerator, request, distiller, rates(student), windows, self._work, meter, spent=self._spent
+        )
 
     def _teacher(self) -> Any:  # noqa: ANN401
         """Frozen; in bfloat16 where the run is and the checkpoint too, so that nothing is lost, else in fp32."""
@@ -167,14 +175,16 @@ class _Job:
         return open_student(self._pair.student, request.trained, request.lora_rank, request.seed, self._refit)
 
     def _made(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors that the main process makes once and all read."""
+        """Tensors that the main process makes once and all read; what that takes is part of the run's minutes."""
         path = self._work / f"{name}.safetensors"
         if self._accelerator.is_main_process and not path.exists():
+            begun = time.monotonic()
             save_tensors(path, make(), {"format": "pt"})
+            self._spent += time.monotonic() - begun
         self._accelerator.wait_for_everyone()
         return load_file(path)
 
-    def _cut_once(self, teacher: Any) -> Windows:  # noqa: ANN401
+    def _windows(self, teacher: Any) -> Windows:  # noqa: ANN401
         made = self._made("windows", lambda: self._cut(teacher))
         train = tuple(made[f"train-{number}"].long() for number in range(len(made) - 1))
         return Windows(train, made["held-out"].long())
@@ -195,19 +205,29 @@ class _Job:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise BadInput("this tokenizer has no token that a text begins with; use --data FILE")
-        wanted = min(request.tokens or WRITTEN_TOKENS, WRITTEN_TOKENS) // request.length + 2 * request.held_out
-        deadline = self._start + 60 * WRITTEN_SHARE * request.minutes if request.minutes else None
+        wanted, deadline = WRITTEN_TOKENS, None
+        if request.minutes is not None:
+            deadline = time.monotonic() + 60 * WRITTEN_SHARE * request.minutes
+        if request.tokens is not None:
+            # What the refit reads is of this text too.
+            wanted = min(max(request.tokens // len(request.data), self._refit_tokens()), WRITTEN_TOKENS)
         # In fp32 on a CPU, where autocast would cast all weights for every token.
         with nullcontext() if teacher.device.type == "cpu" else self._accelerator.autocast():
             return write_text(
-                teacher, start, request.length, wanted, request.seed, deadline=deadline, track=self._track
-            )
+                teacher, start, request.length, wanted // request.length + 2 * request.held_out, request.seed,
+                deadline=deadline, track=self._track,
+            )  # fmt: skip
+
+    def _refit_tokens(self) -> int:
+        """None where the conversion had a refit, teacher and student differ in shape, or it was switched off."""
+        asked, pair = self._request.refit_tokens, self._pair
+        if not pair.one_shape or (asked is None and was_refit(pair.student.directory)):
+            return 0
+        return Ridge.tokens if asked is None else asked
 
     def _refit_outputs(self, windows: Windows) -> Mapping[str, Tensor]:
-        """Where the conversion had no refit, teacher and student are of one shape, and it was not switched off."""
-        request, pair = self._request, self._pair
-        wanted = Ridge.tokens if request.refit_tokens is None else request.refit_tokens
-        if not wanted or not pair.one_shape or (request.refit_tokens is None and was_refit(pair.student.directory)):
+        request, pair, wanted = self._request, self._pair, self._refit_tokens()
+        if not wanted:
             return {}
         device = str(self._accelerator.device)
         student, teacher = (load_model(at, dtype=torch.float32, device=device) for at in (pair.student, pair.teacher))
@@ -221,6 +241,13 @@ class _Job:
         unknown = student.load_state_dict(trained, strict=False).unexpected_keys
         assert not unknown, unknown
         return checkpoint_tensors(student, self._request.trained)
+
+    def _rounds(self, by_turn: list[float]) -> dict[str, float]:
+        """How often each text was read; one that was named twice has two turns."""
+        rounds = dict[str, float]()
+        for name, often in zip(self._request.data, by_turn, strict=True):
+            rounds[Path(name).name] = rounds.get(Path(name).name, 0.0) + often
+        return rounds
 
     def report(self, training: Training, num_steps: int) -> dict[str, Any]:
         """Settings, and the curve of what was trained on and what was held out."""
@@ -237,7 +264,7 @@ class _Job:
             "refit": sorted(self._refit) != [],
             "num_steps": num_steps,
             "seconds": training.journal.seconds,
-            "rounds": self._windows.rounds(num_steps * self._request.batch),
+            "rounds": self._rounds(training.rounds(num_steps)),
             "overfitting": overfitting(steps, looks),
             "held_out": looks,
             "steps": steps,
@@ -260,7 +287,7 @@ def check_compiler(device: str) -> None:
     """BadInput where torch cannot compile for the device: it needs a C++ compiler, and Triton on a GPU."""
     try:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except BackendCompilerFailed as error:
+    except ShortenTraceback as error:
         raise BadInput(f"--compile: torch cannot compile here ({first_line(error)}); leave it out") from error
 
 

@@ -50,14 +50,17 @@ def unmetered(entry: Step | HeldOut) -> None:
 
 
 class Training:
-    """One run: a prepared Distiller and its optimizer, from the last checkpoint in `work` to the end."""
+    """One run: a prepared Distiller and its optimizer, from the last checkpoint in `work` to the end.
+
+    `spent` are the seconds of its minutes that were spent before.
+    """
 
     def __init__(
         self, accelerator: Accelerator, request: HealingRequest, distiller: Any, rates: Mapping[str, float],  # noqa: ANN401
-        windows: Windows, work: Path, meter: Meter = unmetered,
+        windows: Windows, work: Path, meter: Meter = unmetered, *, spent: float = 0.0,
     ) -> None:  # fmt: skip
         self._accelerator, self._request, self._windows = accelerator, request, windows
-        self._work, self._meter = work, meter
+        self._work, self._meter, self._spent = work, meter, spent
         named = {name: p for name, p in distiller.named_parameters() if p.requires_grad}
         self._names = frozenset(named)
         groups = [{"params": [p], "scale": rates[name.removeprefix(STUDENT)]} for name, p in named.items()]
@@ -74,10 +77,14 @@ class Training:
         assert self._journal is not None
         return self._journal
 
+    def rounds(self, num_steps: int) -> list[float]:
+        """How often each text is read in so many steps."""
+        return self._windows.rounds(num_steps * self._request.batch)
+
     def run(self) -> int:
         """Train to the end; the number of steps."""
         step = self._restore()
-        start, before = time.monotonic(), self._journal.seconds if self._journal else 0.0
+        start, before = time.monotonic(), (self._journal.seconds if self._journal else 0.0) or self._spent
         saved = start
         last = self._fraction(step - 1, before) if step else -1.0
         while (fraction := self._fraction(step, before + time.monotonic() - start)) < 1:
