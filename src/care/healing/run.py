@@ -288,7 +288,8 @@ def check_compiler(device: str) -> None:
     try:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     except ShortenTraceback as error:
-        raise BadInput(f"--compile: torch cannot compile here ({first_line(error)}); leave it out") from error
+        cause = getattr(error, "inner_exception", error)
+        raise BadInput(f"--compile: torch cannot compile here ({first_line(cause)}); leave it out") from error
 
 
 def was_refit(directory: Path) -> bool:
