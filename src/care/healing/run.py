@@ -219,7 +219,7 @@ class _Job:
             )  # fmt: skip
 
     def _refit_tokens(self) -> int:
-        """None where the conversion had a refit, teacher and student differ in shape, or it was switched off."""
+        """0 where the conversion had a refit, teacher and student differ in shape, or it was switched off."""
         asked, pair = self._request.refit_tokens, self._pair
         if not pair.one_shape or (asked is None and was_refit(pair.student.directory)):
             return 0
