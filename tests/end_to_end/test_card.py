@@ -154,6 +154,16 @@ def test_healing_is_on_the_card(tiny: TinyModels, tmp_path: Path) -> None:
     assert "healed before" in healed(tiny, tmp_path / "healed", tmp_path / "twice")[0]
 
 
+def test_the_card_names_the_texts_of_healing(tiny: TinyModels, tmp_path: Path) -> None:
+    """By their shares where one was named twice, and not by a directory."""
+    text = str(tiny.text_file)
+    for name, data in (("shares", (text, text, "self")), ("equal", (text, "self"))):
+        heal(replace(request_for(tiny, tokens=256), data=data), tmp_path / name)
+    said = {name: (tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("shares", "equal")}
+    assert "tokens of `text.txt` (2/3), what the teacher wrote (1/3)." in said["shares"]
+    assert "tokens of `text.txt`, what the teacher wrote." in said["equal"]
+
+
 @pytest.mark.parametrize("left", ["recipe and source", "nothing"])
 def test_checkpoints_of_older_versions_heal(tiny: TinyModels, tmp_path: Path, left: str) -> None:
     """Their conversion.json has not all facts, or is not there; nothing is invented."""

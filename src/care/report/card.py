@@ -145,12 +145,19 @@ def _healing(healing: Mapping[str, Any], *, again: bool) -> str:
     before = " It had been healed before; of that this card knows nothing." if again else ""
     said = (
         f"Distilled from `{asked['teacher']}` by care {healing['care_version']}: {healing['num_steps']} steps on "
-        f"{looks[-1]['tokens']:,} tokens of {', '.join(f'`{name}`' for name in asked['data'])}.{before}"
+        f"{looks[-1]['tokens']:,} tokens of {_texts(asked['data'])}.{before}"
     )
     table = _table(("held out", "tokens trained on", "CE", "KL to the teacher"), rows)
     command = f"```\n{_healing_command(asked)}\n```"
     note = "Nats a token. What each layer caches is unchanged; what was given up, above, is from before."
     return "\n\n".join(["## Healing", said, table, note, command])
+
+
+def _texts(data: Sequence[str]) -> str:
+    """Texts with their shares, where they differ."""
+    names = {name: "what the teacher wrote" if name == "self" else f"`{name}`" for name in data}
+    equal = len(names) == len(data)
+    return ", ".join(named if equal else f"{named} ({data.count(name)}/{len(data)})" for name, named in names.items())
 
 
 def _healing_command(asked: Mapping[str, Any]) -> str:
