@@ -44,9 +44,6 @@ WINDOW, WINDOWS = 1024, 24
 CHOSEN_ON = 32
 """Windows of training text on which ranks are chosen again."""
 
-KEPT = ("trained", "rate", "batch", "length", "precision", "seed")
-"""Settings that a run in DIR must have been made with, beside its objective, to be taken for the one asked for."""
-
 STARTS = ("transmla", "care-mla", "best")
 
 
@@ -83,11 +80,11 @@ def healed(
     if not out.exists():
         heal(request, out, device=options.device, say=print)
     report = json.loads((out / "healing.json").read_text())
-    recorded = report["request"]
-    if (recorded["objective"], *(recorded[key] for key in KEPT)) != (
-        asdict(request.objective), *(getattr(request, key) for key in KEPT)
-    ):  # fmt: skip
-        sys.exit(f"{out} was healed with other settings; use another DIR")
+    # Without those that the report names by their last component, and its versions.
+    wanted = {key: value for key, value in asdict(request).items() if key not in {"model", "teacher", "data"}}
+    other = [key for key in wanted.keys() & report["request"].keys() if wanted[key] != report["request"][key]]
+    if other:
+        sys.exit(f"{out} was healed with another {', '.join(sorted(other))}; use another DIR")
     return out, report
 
 
@@ -114,7 +111,7 @@ def answers(source: Source, options: argparse.Namespace, models: dict[str, Path]
     found: dict[str, Any] = {}
     for name, at in {"source": None, **models}.items():
         model = source.model if at is None else load_model(locate(str(at)), dtype=torch.float32, device=options.device)
-        scores = {task.name: score(model, source.tokenizer, load_task(task)) for task in options.tasks}
+        scores = {task: score(model, source.tokenizer, rows) for task, rows in options.tasks.items()}
         found[name] = {task: asdict(one) for task, one in scores.items()}
         for kind in ("acc", "acc_norm"):
             values = [value for one in scores.values() if (value := getattr(one, kind)) is not None]
@@ -223,8 +220,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run one experiment, write its figures and its picture."""
     options = parse()
-    for task in options.tasks:
-        load_task(task)  # or stop before hours of healing
+    # Before hours of healing, as one may not be there.
+    options.tasks = {task.name: load_task(task) for task in options.tasks}
     options.directory.mkdir(parents=True, exist_ok=True)
     source = open_source(options.source, options.device)
     result = EXPERIMENTS[options.experiment](source, options)

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import ShortenTraceback
 from torch.nn import functional
+
+from ..errors import BadInput, first_line
 
 CHUNK, GPU_CHUNK = 256, 1024
 """Positions whose logits are held at a time: on a GPU more, as operations on few would wait to be started."""
@@ -140,6 +143,15 @@ class Distiller(nn.Module):
                         # By shape, so that a run that goes on has the same sums, whichever shape comes first.
                         child.compile(dynamic=False)
         self.terms = torch.compile(self.terms, dynamic=False)
+
+
+def check_compiler(device: str) -> None:
+    """BadInput where torch cannot compile for the device: it needs a C++ compiler, and Triton on a GPU."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
+    except ShortenTraceback as error:
+        cause = getattr(error, "inner_exception", error)
+        raise BadInput(f"--compile: torch cannot compile here ({first_line(cause)}); leave it out") from error
 
 
 def hidden_states(model: Any, tokens_BT: Tensor) -> Tensor:  # noqa: ANN401

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import Tensor
-from torch._dynamo.exc import ShortenTraceback
 
 from ..architectures import architecture_for
 from ..calibration import load_text
 from ..checkpoint import CONVERSION_NAME, INDEX_NAME, SafetensorsReader, check_finite, read_json
-from ..errors import BadInput, InvalidRecipe, first_line
+from ..errors import BadInput, InvalidRecipe
 from ..licenses import CARD_NAME, stated_license
-from ..modeling.loading import Location, load_config, load_model, load_tokenizer, locate, tokenize
+from ..modeling.loading import load_config, load_model, load_tokenizer, tokenize
 from ..output import CheckpointWriter, Say, check_output_free, check_space, partial_of, save_tensors, unsaid, writing
 from ..progress import Track, silent
 from ..ranks import PATIENCE
@@ -31,7 +30,8 @@ from ..version import __version__
 from .curve import plot_curve
 from .data import SELF, Windows, split_windows, write_text
 from .layerwise import refit_outputs
-from .objective import Distiller
+from .objective import Distiller, check_compiler
+from .pair import Pair, open_pair
 from .request import HealingRequest
 from .students import checkpoint_tensors, open_student, rates, recompute_activations
 from .training import Meter, Training, unmetered
@@ -45,42 +45,6 @@ WRITTEN_TOKENS = 2**24
 
 WRITTEN_SHARE = 0.3
 """Most of the minutes of a run that the teacher may write."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Where student and teacher lie, found to fit one another."""
-
-    student: Location
-    teacher: Location
-
-    @property
-    def one_shape(self) -> bool:
-        """Whether they have the same layers, so that hidden states can be compared."""
-        return body_size(self.student) == body_size(self.teacher)
-
-
-def open_pair(model: str, teacher: str) -> Pair:
-    """Refuse a teacher with another tokenizer, or a smaller one, before any weights are read."""
-    pair = Pair(locate(model), locate(teacher))
-    if pair.student.gguf_file is not None:
-        raise BadInput(f"{model} is a GGUF file; heal the directory that care convert wrote")
-    vocabularies = [load_tokenizer(location).get_vocab() for location in (pair.student, pair.teacher)]
-    if vocabularies[0] != vocabularies[1]:
-        raise InvalidRecipe(f"{teacher} has another tokenizer than {model}; a teacher must share the student's tokens")
-    ours, theirs = (body_size(location) for location in (pair.student, pair.teacher))
-    if theirs["layers"] < ours["layers"] or theirs["width"] < ours["width"]:
-        raise InvalidRecipe(
-            f"{teacher} ({theirs['layers']} layers of width {theirs['width']}) is smaller than {model} "
-            f"({ours['layers']} of {ours['width']}); a teacher must be at least as large"
-        )
-    return pair
-
-
-def body_size(location: Location) -> dict[str, int]:
-    """Layers and hidden size, which conversion does not change."""
-    config = load_config(location)
-    return {"layers": config["num_hidden_layers"], "width": config["hidden_size"]}
 
 
 def heal(
@@ -242,13 +206,6 @@ class _Job:
         assert not unknown, unknown
         return checkpoint_tensors(student, self._request.trained)
 
-    def _rounds(self, by_turn: list[float]) -> dict[str, float]:
-        """How often each text was read; one that was named twice has two turns."""
-        rounds = dict[str, float]()
-        for name, often in zip(self._request.data, by_turn, strict=True):
-            rounds[Path(name).name] = rounds.get(Path(name).name, 0.0) + often
-        return rounds
-
     def report(self, training: Training, num_steps: int) -> dict[str, Any]:
         """Settings, and the curve of what was trained on and what was held out."""
         steps = [asdict(step) for step in training.journal.steps.values()]
@@ -264,7 +221,7 @@ class _Job:
             "refit": sorted(self._refit) != [],
             "num_steps": num_steps,
             "seconds": training.journal.seconds,
-            "rounds": self._rounds(training.rounds(num_steps)),
+            "rounds": training.rounds(num_steps),
             "overfitting": overfitting(steps, looks),
             "held_out": looks,
             "steps": steps,
@@ -281,15 +238,6 @@ def overfitting(steps: list[dict[str, Any]], looks: list[dict[str, Any]]) -> dic
         "held_out_kl": looks[-1]["kl"],
         "best_held_out_kl": min(look["kl"] for look in looks),
     }
-
-
-def check_compiler(device: str) -> None:
-    """BadInput where torch cannot compile for the device: it needs a C++ compiler, and Triton on a GPU."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except ShortenTraceback as error:
-        cause = getattr(error, "inner_exception", error)
-        raise BadInput(f"--compile: torch cannot compile here ({first_line(cause)}); leave it out") from error
 
 
 def was_refit(directory: Path) -> bool:

@@ -77,9 +77,13 @@ class Training:
         assert self._journal is not None
         return self._journal
 
-    def rounds(self, num_steps: int) -> list[float]:
-        """How often each text is read in so many steps."""
-        return self._windows.rounds(num_steps * self._request.batch)
+    def rounds(self, num_steps: int) -> dict[str, float]:
+        """How often each text is read in so many steps; one that was named twice has two turns."""
+        rounds = dict[str, float]()
+        for text, often in zip(self._request.data, self._windows.rounds(num_steps * self._request.batch), strict=True):
+            name = Path(text).name
+            rounds[name] = rounds.get(name, 0.0) + often
+        return rounds
 
     def run(self) -> int:
         """Train to the end; the number of steps."""
