@@ -74,6 +74,7 @@ def healed(
         "minutes": options.minutes, "tokens": options.tokens, "rate": options.rate, "batch": options.batch,
         "length": options.length, "together": options.together, "held_out": options.held_out,
         "precision": options.precision, "trained": options.train, "compile": options.compile,
+        "cuda_graph": options.cuda_graph,
         "objective": Objective(beta=options.beta), **(more or {}),
     }  # fmt: skip
     request = HealingRequest(str(model), source.name, tuple(options.data), **asked)
@@ -209,7 +210,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--train", choices=TRAINED, default=HealingRequest.trained)
-    parser.add_argument("--compile", action="store_true")
+    for name in ("--compile", "--cuda-graph"):
+        parser.add_argument(name, action="store_true")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the divergence beside cross-entropy")
     for name in ("rate", "batch", "length", "together", "held_out", "precision"):
         default = getattr(HealingRequest, name)

@@ -32,8 +32,8 @@ OPTIONS = {
     "heal": [
         "model", "out_dir", "--teacher", "--data", "--minutes", "--tokens", "--train", "--lora-rank", "--beta",
         "--temperature", "--kl-only", "--rate", "--batch", "--length", "--together", "--held-out", "--refit-tokens",
-        "--precision", "--recompute", "--compile", "--seed", "--checkpoint-minutes", "--tensorboard", "--device",
-        "--json",
+        "--precision", "--recompute", "--compile", "--cuda-graph", "--seed", "--checkpoint-minutes", "--tensorboard",
+        "--device", "--json",
     ],
     "generate": ["model", "prompts", "--against", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
     "export": ["model", "file", "--to", "--quantize", "--json"],

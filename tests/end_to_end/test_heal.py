@@ -131,6 +131,20 @@ def test_fusing_without_a_compiler(tiny: TinyModels, tmp_path: Path) -> None:
         heal(request_for(tiny, compile=True), tmp_path / "healed")
 
 
+def test_recorded_passes_change_no_losses(tiny: TinyModels, tmp_path: Path) -> None:
+    """Although a step is in two parts, which add up."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here: --cuda-graph is not tested")
+    plain = heal(request_for(tiny, together=2), tmp_path / "plain", device="cuda")
+    recorded = heal(request_for(tiny, together=2, cuda_graph=True), tmp_path / "recorded", device="cuda")
+    assert_numbers(losses_of(recorded), losses_of(plain), "fp32 nats")
+
+
+def test_recording_without_a_gpu(tiny: TinyModels, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--cuda-graph needs one process with --device cuda; leave it out"):
+        heal(request_for(tiny, cuda_graph=True), tmp_path / "healed")
+
+
 def test_bfloat16_heals_too(tiny: TinyModels, tmp_path: Path) -> None:
     report = heal(request_for(tiny, tokens=4096, precision="bfloat16", rate=3e-2), tmp_path / "healed")
     looks = report["held_out"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from care.healing import objective
 from care.healing.objective import Distiller, Head, Objective
-from tiny import TinyModels, random_tokens
+from tiny import Case, TinyModels, random_tokens
 from tolerances import assert_close
 
 OBJECTIVES = [
@@ -55,6 +55,31 @@ def test_a_vocabulary_that_the_teacher_pads() -> None:
     """Rows beyond the smaller vocabulary are padding and count for nothing."""
     head = Head(torch.randn(12, 4), None)
     assert head.logits(torch.randn(3, 4), head.weight_VD, 10).shape == (3, 10)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("llama-gqa", "care-mla", 0.5, "absorbed", "native"),
+        Case("llama-gqa", "care-mla", 0.5, "absorbed", "deepseek"),
+        Case("llama-gqa", "palu", 0.5, "rebuild", "native"),
+        Case("gemma2-softcap", "care-mla", 0.5, "absorbed", "native"),
+    ],
+    ids=str,
+)
+def test_what_is_recorded_gives_the_same(tiny: TinyModels, case: Case) -> None:
+    """Recorded passes go by a cache that is empty, beyond a sliding window too; values and gradients are those without."""
+    student, teacher, tokens = tiny.model(case), tiny.source_model(case.source), random_tokens(24, batch=2)
+    distiller = Distiller(copy.deepcopy(student), copy.deepcopy(teacher), Objective())
+    found = list[Tensor]()
+    for distiller.recorded in (False, True):
+        distiller.zero_grad()
+        terms = distiller(tokens)
+        terms[0].backward()
+        found.append(
+            torch.cat([terms.detach(), *(p.grad.flatten() for p in distiller.parameters() if p.grad is not None)])
+        )
+    assert torch.equal(*found)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports

@@ -56,6 +56,7 @@ read twice, 1.30 to 1.44 where some were read six or seven times."""
 )
 @click.option("--recompute", is_flag=True, help="Gradient checkpointing: less memory, a third more time.")
 @click.option("--compile", is_flag=True, help="Fuse norms, feed-forward networks and losses; needs a C++ compiler.")
+@click.option("--cuda-graph", is_flag=True, help="Record a step and start it as a whole: for small models on one GPU.")
 @click.option("--seed", default=HealingRequest.seed, show_default=True, help="Draws the order of windows.")
 @click.option(
     "--checkpoint-minutes", default=HealingRequest.checkpoint_minutes, show_default=True, help="Between checkpoints."

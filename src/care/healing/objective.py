@@ -108,6 +108,7 @@ class Distiller(nn.Module):
     def __init__(self, student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.student, self.terms = student, objective.terms
+        self.recorded = False
         self.teacher = teacher.requires_grad_(requires_grad=False)
         # Where Accelerate finds which modules to shard one by one.
         self._no_split_modules: Any = sorted(
@@ -118,8 +119,8 @@ class Distiller(nn.Module):
         """Means over all predictions of windows (B, T): what is minimized, CE, KL: (3,). The first has a gradient."""
         labels_N = tokens_BT[:, 1:].flatten()
         with torch.no_grad():
-            teacher_ND = hidden_states(self.teacher, tokens_BT)
-        student_ND = hidden_states(self.student, tokens_BT)
+            teacher_ND = hidden_states(self.teacher, tokens_BT, cached=self.recorded)
+        student_ND = hidden_states(self.student, tokens_BT, cached=self.recorded)
         student, teacher = Head.of(self.student), Head.of(self.teacher)
         width = min(len(student.weight_VD), len(teacher.weight_VD))
 
@@ -154,6 +155,10 @@ def check_compiler(device: str) -> None:
         raise BadInput(f"--compile: torch cannot compile here ({first_line(cause)}); leave it out") from error
 
 
-def hidden_states(model: Any, tokens_BT: Tensor) -> Tensor:  # noqa: ANN401
-    """What the head reads at every position that has a next token: (B * (T - 1), D)."""
-    return model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+def hidden_states(model: Any, tokens_BT: Tensor, *, cached: bool) -> Tensor:  # noqa: ANN401
+    """What the head reads at every position that has a next token: (B * (T - 1), D).
+
+    `cached` changes no value. Without a cache transformers looks whether several texts share a window, and a look at
+    values cannot be recorded.
+    """
+    return model.base_model(input_ids=tokens_BT, use_cache=cached).last_hidden_state[:, :-1].flatten(0, 1)

@@ -36,6 +36,7 @@ class HealingRequest:
     precision: str = "float32"
     recompute: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     seed: int = 0
     checkpoint_minutes: float = 5.0
 
@@ -56,6 +57,9 @@ class HealingRequest:
             raise InvalidRecipe(
                 "--batch, --together, --held-out and --lora-rank must be at least 1, --length at least 2"
             )
+
+        if self.cuda_graph and (self.batch % self.together or self.recompute):
+            raise InvalidRecipe("--cuda-graph needs a --batch that --together divides, and goes without --recompute")
 
     @property
     def step_tokens(self) -> int:

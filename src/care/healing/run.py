@@ -72,6 +72,8 @@ def heal(
         raise InvalidRecipe(f"--batch {request.batch} cannot be shared evenly by {accelerator.num_processes} processes")
     if request.compile:
         check_compiler(str(accelerator.device))
+    if request.cuda_graph and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise BadInput("--cuda-graph needs one process with --device cuda; leave it out")
     pair = open_pair(request.model, request.teacher)
     reader = SafetensorsReader(pair.student.directory)
     check_space(out_dir, reader.num_bytes())
@@ -121,6 +123,7 @@ class _Job:
         if request.recompute:
             recompute_activations(student)
         distiller = Distiller(student, teacher, request.objective)
+        distiller.recorded = request.cuda_graph
         if request.compile:
             distiller.fuse()
         return Training(

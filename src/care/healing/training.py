@@ -27,6 +27,7 @@ from ..errors import Diverged
 from ..output import writing
 from .data import Windows
 from .journal import HeldOut, Journal, Step
+from .recording import RecordedPasses
 from .request import HealingRequest
 
 WARMUP_STEPS = 10
@@ -69,6 +70,7 @@ class Training:
         optimizer = torch.optim.AdamW(groups, lr=request.rate, betas=BETAS, weight_decay=0.0, fused=fused)
         self._model, self._optimizer = accelerator.prepare(distiller, optimizer)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._recorded: RecordedPasses | None = None
         self._journal = Journal(work / "journal.jsonl") if accelerator.is_main_process else None
 
     @property
@@ -133,10 +135,8 @@ class Training:
         for number, part_BT in enumerate(parts):
             share = len(part_BT) / len(own_BT)
             last = number == len(parts) - 1
-            with nullcontext() if last else accelerator.no_sync(self._model), accelerator.autocast():
-                found = self._model(part_BT)
-                accelerator.backward(found[0] * share)
-            terms += found.detach() * share
+            with nullcontext() if last else accelerator.no_sync(self._model):
+                terms += self._passes(part_BT, share) * share
         norm = accelerator.clip_grad_norm_(self._parameters, LARGEST_GRADIENT)
         terms = torch.as_tensor(accelerator.reduce(terms, "mean"))
         found = torch.cat((terms, _whole(norm).reshape(1).to(terms)))
@@ -144,8 +144,22 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._optimizer.zero_grad(set_to_none=not request.cuda_graph)
         return found, rate
+
+    def _passes(self, part_BT: Tensor, share: float) -> Tensor:
+        """Forward and backward on a part of a step's windows: loss, CE, KL; recorded at the first if so asked."""
+        if not self._request.cuda_graph:
+            return self._pass(part_BT, share)
+        if self._recorded is None:
+            self._recorded = RecordedPasses(lambda x_BT: self._pass(x_BT, share), part_BT, self._parameters)
+        return self._recorded(part_BT)
+
+    def _pass(self, part_BT: Tensor, share: float) -> Tensor:
+        with self._accelerator.autocast():
+            found = self._model(part_BT)
+            self._accelerator.backward(found[0] * share)
+        return found.detach()
 
     def _check_finite(self, step: int, found: Tensor) -> None:
         if not bool(torch.isfinite(found).all()):

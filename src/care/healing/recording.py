@@ -1,0 +1,41 @@
+"""Forward and backward passes as one CUDA graph.
+
+A step of a small model is ten thousand operations, and starting each from Python takes longer than most of them do. A
+graph is recorded once and then started as a whole.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 3
+"""Passes before the recording, in which kernels are chosen and compiled: neither can happen while it runs."""
+
+
+class RecordedPasses:
+    """What `passes` does to windows (B, T) of one shape: it adds to gradients and returns a tensor, again and again.
+
+    Gradients keep their place in memory: zero them, do not drop them. What is returned is overwritten by the next call.
+    """
+
+    def __init__(self, passes: Callable[[Tensor], Tensor], like_BT: Tensor, parameters: Iterable[Tensor]) -> None:
+        self._tokens_BT = like_BT.clone()
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                passes(self._tokens_BT)
+        current.wait_stream(aside)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._found = passes(self._tokens_BT)
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        """Make the passes on other windows of the same shape."""
+        self._tokens_BT.copy_(tokens_BT)
+        self._graph.replay()
+        return self._found
