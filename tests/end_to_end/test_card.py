@@ -19,6 +19,7 @@ import care.cli
 from care.evaluation import live_cache
 from care.healing import heal
 from care.modeling.loading import Location, load_model, load_tokenizer
+from care.report import model_card
 from tiny import NUM_WINDOWS, WINDOW, TinyModels
 
 SAMPLES = ("--samples", NUM_WINDOWS, "--length", WINDOW, "--context", WINDOW, "--seed", 3)
@@ -162,6 +163,16 @@ def test_the_card_names_the_texts_of_healing(tiny: TinyModels, tmp_path: Path) -
     said = {name: (tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("shares", "equal")}
     assert "tokens of `text.txt` (2/3), what the teacher wrote (1/3)." in said["shares"]
     assert "tokens of `text.txt`, what the teacher wrote." in said["equal"]
+
+
+def test_flags_of_healing_are_in_its_command(tiny: TinyModels, tmp_path: Path) -> None:
+    _, report = healed(tiny, tiny.converted(NATIVE), tmp_path / "healed")
+    config = json.loads((tmp_path / "healed" / "config.json").read_text())
+    flags = ("recompute", "compile", "cuda_graph")
+    for wanted in (False, True):
+        asked = report["request"] | dict.fromkeys(flags, wanted)
+        card = model_card({}, config, {**report, "request": asked})
+        assert [f"--{flag.replace('_', '-')}" in card for flag in flags] == [wanted] * len(flags)
 
 
 @pytest.mark.parametrize("left", ["recipe and source", "nothing"])

@@ -68,7 +68,7 @@ def test_a_vocabulary_that_the_teacher_pads() -> None:
     ids=str,
 )
 def test_what_is_recorded_gives_the_same(tiny: TinyModels, case: Case) -> None:
-    """Recorded passes go by a cache that is empty, beyond a sliding window too; values and gradients are those without."""
+    """Recorded passes go by an empty cache, beyond a sliding window too; values and gradients are those without."""
     student, teacher, tokens = tiny.model(case), tiny.source_model(case.source), random_tokens(24, batch=2)
     distiller = Distiller(copy.deepcopy(student), copy.deepcopy(teacher), Objective())
     found = list[Tensor]()
