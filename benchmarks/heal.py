@@ -75,7 +75,7 @@ def healed(
         "length": options.length, "together": options.together, "held_out": options.held_out,
         "precision": options.precision, "trained": options.train, "compile": options.compile,
         "cuda_graph": options.cuda_graph,
-        "objective": Objective(beta=options.beta), **(more or {}),
+        "objective": Objective(beta=options.beta, hidden=options.hidden), **(more or {}),
     }  # fmt: skip
     request = HealingRequest(str(model), source.name, tuple(options.data), **asked)
     if not out.exists():
@@ -213,6 +213,7 @@ def parse() -> argparse.Namespace:
     for name in ("--compile", "--cuda-graph"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the divergence beside cross-entropy")
+    parser.add_argument("--hidden", type=float, default=Objective.hidden, help="weight of hidden states' distance")
     for name in ("rate", "batch", "length", "together", "held_out", "precision"):
         default = getattr(HealingRequest, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)

@@ -31,9 +31,9 @@ OPTIONS = {
     ],
     "heal": [
         "model", "out_dir", "--teacher", "--data", "--minutes", "--tokens", "--train", "--lora-rank", "--beta",
-        "--temperature", "--kl-only", "--rate", "--batch", "--length", "--together", "--held-out", "--refit-tokens",
-        "--precision", "--recompute", "--compile", "--cuda-graph", "--seed", "--checkpoint-minutes", "--tensorboard",
-        "--device", "--json",
+        "--temperature", "--kl-only", "--hidden", "--rate", "--batch", "--length", "--together", "--held-out",
+        "--refit-tokens", "--precision", "--recompute", "--compile", "--cuda-graph", "--seed", "--checkpoint-minutes",
+        "--tensorboard", "--device", "--json",
     ],
     "generate": ["model", "prompts", "--against", "--max-new-tokens", "--chat", "--dtype", "--device", "--json"],
     "export": ["model", "file", "--to", "--quantize", "--json"],

@@ -99,10 +99,28 @@ def test_the_refit_knows_the_scaled_residual_stream(tiny: TinyModels, tmp_path: 
     assert_numbers(*(report["held_out"][0]["kl"] for report in reports), kind="fp32 refit")
 
 
+def test_hidden_states_are_compared_at_their_scale(tiny: TinyModels, tmp_path: Path) -> None:
+    """The first loss of the two formats is one, as they are one function."""
+    asked = {"tokens": 128, "refit_tokens": 0, "objective": Objective(hidden=10.0)}
+    steps = [heal(request_for(tiny, case, **asked), tmp_path / str(case))["steps"] for case in (NATIVE, DEEPSEEK)]
+    assert_numbers(*([step["loss"] for step in found] for found in steps), kind="fp32 refit")
+    assert steps[0][0]["loss"] > steps[0][0]["ce"] + steps[0][0]["kl"] + 0.01
+
+
+def test_comparing_hidden_states_brings_the_student_nearer(tiny: TinyModels, tmp_path: Path) -> None:
+    """In the same few steps, to the teacher's logits on what was held out."""
+    kl = {}
+    for hidden in (0.0, 1.0):
+        asked = request_for(tiny, tokens=4096, rate=3e-2, objective=Objective(ce=False, hidden=hidden))
+        kl[hidden] = heal(asked, tmp_path / str(hidden))["held_out"][-1]["kl"]
+    assert kl[1.0] < kl[0.0]
+
+
 @pytest.mark.parametrize("options", [{"recompute": True}, {"together": 1}], ids=str)
 def test_what_saves_memory_changes_no_losses(tiny: TinyModels, tmp_path: Path, options: dict[str, Any]) -> None:
-    plain = heal(request_for(tiny, together=4), tmp_path / "plain")
-    other = heal(replace(request_for(tiny, together=4), **options), tmp_path / "other")
+    asked = request_for(tiny, together=4, objective=Objective(ce=False, hidden=1.0))
+    plain = heal(asked, tmp_path / "plain")
+    other = heal(replace(asked, **options), tmp_path / "other")
     assert_numbers(losses_of(other), losses_of(plain), "fp32 nats")
 
 
@@ -110,10 +128,11 @@ def test_what_saves_memory_changes_no_losses(tiny: TinyModels, tmp_path: Path, o
 def test_fused_operations_change_no_losses(tiny: TinyModels, tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler here: --compile is not tested")
-    plain = heal(request_for(tiny), tmp_path / "plain")
+    asked = request_for(tiny, objective=Objective(ce=False, hidden=1.0))
+    plain = heal(asked, tmp_path / "plain")
     torch._dynamo.reset()
     counters.clear()
-    fused = heal(request_for(tiny, compile=True), tmp_path / "fused")
+    fused = heal(replace(asked, compile=True), tmp_path / "fused")
     assert counters["stats"]["unique_graphs"] > 1
     assert_numbers(losses_of(fused), losses_of(plain), "fp32 nats")
 
@@ -315,6 +334,10 @@ def test_a_larger_teacher_is_taken(tiny: TinyModels, tmp_path: Path) -> None:
     large = build_checkpoint(tmp_path / "large", {**TINY[SOURCE], "num_hidden_layers": 4})
     report = heal(replace(request_for(tiny), teacher=str(large)), tmp_path / "out")
     assert (report["refit"], report["num_steps"]) == (False, 8)
+    with pytest.raises(
+        InvalidRecipe, match="--hidden compares layer by layer and needs a teacher of the model's own shape"
+    ):
+        heal(replace(request_for(tiny), teacher=str(large), objective=Objective(hidden=1.0)), tmp_path / "compared")
 
 
 def _free_port() -> int:
@@ -347,7 +370,8 @@ def _one_of_two(rank: int, port: int, sharded: bool, asked: HealingRequest, out:
 @pytest.mark.parametrize("sharded", [False, True], ids=["copies", "sharded"])
 def test_two_processes_are_one(tiny: TinyModels, tmp_path: Path, sharded: bool) -> None:
     """Over gloo, each with a copy of the model, and each with a half of every weight (FSDP2)."""
-    asked, port = request_for(tiny, refit_tokens=512, checkpoint_minutes=0.0), _free_port()
+    objective, port = Objective(ce=False, hidden=1.0), _free_port()
+    asked = request_for(tiny, refit_tokens=512, checkpoint_minutes=0.0, objective=objective)
     spawn = multiprocessing.get_context("spawn").Process
     both = [spawn(target=_one_of_two, args=(rank, port, sharded, asked, tmp_path / "two")) for rank in range(2)]
     for process in both:

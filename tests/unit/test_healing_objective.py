@@ -1,6 +1,7 @@
 """The chunked objective against the formula written out on all logits at once."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -28,15 +29,21 @@ def written_out(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, asked:
     return torch.stack(((ce if asked.ce else 0 * ce) + asked.beta * asked.temperature**2 * kl, ce, kl))
 
 
+def perturbed(teacher: Any) -> Any:
+    """The same model with noise on its weights."""
+    student = type(teacher)(teacher.config)
+    student.load_state_dict({k: v + 0.05 * torch.randn_like(v) for k, v in teacher.state_dict().items()})
+    student.tie_weights()
+    return student
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-mha", "gemma2-softcap"])
 @pytest.mark.parametrize("asked", OBJECTIVES, ids=str)
 def test_terms_and_gradients(tiny: TinyModels, name: str, asked: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied head, one of its own, and one with a soft cap; chunks that do not divide the positions."""
     monkeypatch.setattr(objective, "CHUNK", 7)
     teacher, tokens = tiny.source_model(name), random_tokens(12, batch=2)
-    student = type(teacher)(teacher.config)
-    student.load_state_dict({k: v + 0.05 * torch.randn_like(v) for k, v in teacher.state_dict().items()})
-    student.tie_weights()
+    student = perturbed(teacher)
     terms = Distiller(student, teacher, asked)(tokens)
     terms[0].backward()
     found = {key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None}
@@ -49,6 +56,33 @@ def test_terms_and_gradients(tiny: TinyModels, name: str, asked: Objective, monk
     for key, parameter in student.named_parameters():
         assert parameter.grad is not None
         assert_close(found[key], parameter.grad, "fp32 gradients")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2-softcap"])
+def test_hidden_states_are_compared(tiny: TinyModels, name: str) -> None:
+    """What each layer but the last passes on, token by token; the other terms are what they are without."""
+    teacher, tokens = tiny.source_model(name), random_tokens(12, batch=2)
+    student = perturbed(teacher)
+    plain = Distiller(student, teacher, Objective())(tokens)
+    terms = Distiller(student, teacher, Objective(hidden=3.0))(tokens)
+    (terms - plain)[0].backward()
+    found = {key: p.grad.clone() for key, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    of_student, of_teacher = (
+        model(input_ids=tokens, output_hidden_states=True).hidden_states for model in (student, teacher)
+    )
+    layers = teacher.config.num_hidden_layers
+    far = [
+        ((of_student[n][b, t] - of_teacher[n][b, t].detach()).norm() / of_teacher[n][b, t].norm().detach()) ** 2
+        for n in range(1, layers) for b in range(2) for t in range(12)
+    ]  # fmt: skip
+    expected = 3.0 * torch.stack(far).mean()
+    expected.backward()
+    assert_close((terms - plain)[0], expected, "fp32 logits")
+    assert torch.equal(terms[1:], plain[1:])
+    for key, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            assert_close(found[key], parameter.grad, "fp32 gradients")
 
 
 def test_a_vocabulary_that_the_teacher_pads() -> None:
@@ -70,7 +104,7 @@ def test_a_vocabulary_that_the_teacher_pads() -> None:
 def test_what_is_recorded_gives_the_same(tiny: TinyModels, case: Case) -> None:
     """Recorded passes go by an empty cache, beyond a sliding window too; values and gradients are those without."""
     student, teacher, tokens = tiny.model(case), tiny.source_model(case.source), random_tokens(24, batch=2)
-    distiller = Distiller(copy.deepcopy(student), copy.deepcopy(teacher), Objective())
+    distiller = Distiller(copy.deepcopy(student), copy.deepcopy(teacher), Objective(hidden=1.0))
     found = list[Tensor]()
     for distiller.recorded in (False, True):
         distiller.zero_grad()

@@ -41,6 +41,12 @@ read twice, 1.30 to 1.44 where some were read six or seven times."""
 )
 @click.option("--temperature", default=Objective.temperature, show_default=True, help="Temperature of the divergence.")
 @click.option("--kl-only", is_flag=True, help="Leave cross-entropy out of what is minimized.")
+@click.option(
+    "--hidden",
+    default=Objective.hidden,
+    show_default=True,
+    help="Weight of the distance of hidden states, layer by layer.",
+)
 @click.option("--rate", default=HealingRequest.rate, show_default=True, help="Adam's step relative to a matrix's rms.")
 @click.option("--batch", default=HealingRequest.batch, show_default=True, help="Windows of a step, over all devices.")
 @click.option("--length", default=HealingRequest.length, show_default=True, help="Tokens of a window.")
@@ -70,6 +76,7 @@ def command(
     beta: float,
     temperature: float,
     kl_only: bool,
+    hidden: float,
     tensorboard: Path | None,
     device: str,
     json_file: str | None,
@@ -79,7 +86,7 @@ def command(
 
     A run that was stopped is continued by the same command. For many GPUs: accelerate launch -m care heal ...
     """
-    objective = Objective(beta, temperature, ce=not kl_only)
+    objective = Objective(beta, temperature, ce=not kl_only, hidden=hidden)
     request = HealingRequest(model, objective=objective, **training)
     with ExitStack() as stack:
         meters = [stack.enter_context(_bar())]

@@ -17,6 +17,7 @@ from ..calibration import DecoderLayers, Stream, WholeModel, batches_of
 from ..prefix import compared
 from ..progress import Track, silent
 from ..refit import OutputMoments, Ridge
+from .students import stream_scale
 
 
 def refit_outputs(
@@ -27,13 +28,9 @@ def refit_outputs(
     post_norm: bool,
     track: Track = silent,
 ) -> Mapping[str, Tensor]:
-    """New output projections by parameter name; the student has them already. Teacher and student are of one shape.
-
-    deepseek scales the student's residual stream when the source's eps is not 1e-6 (docs/formats.md); both streams
-    then differ by that factor, and so do targets.
-    """
+    """New output projections by parameter name; the student has them already. Teacher and student are of one shape."""
     paths = [f"model.layers.{index}" for index in range(student.config.num_hidden_layers)]
-    scale = (student.config.rms_norm_eps / teacher.config.rms_norm_eps) ** 0.5
+    scale = stream_scale(student, teacher)
     own, theirs = (DecoderLayers(model, paths, WholeModel(), str(model.device)) for model in (student, teacher))
     found = dict[str, Tensor]()
     with TemporaryDirectory(prefix="care-") as directory:

@@ -1,10 +1,13 @@
 """What healing minimizes: CE + beta tau^2 KL(teacher || student) at temperature tau (arXiv 2603.17946, Eq. 6-8).
 
+Where teacher and student are of one shape, the distance of their hidden states can be added: it tells each layer how
+far it strayed, which logits only tell all of them together.
+
 Logits of all tokens at once would be the largest tensor of a step (2048 tokens of a 128k vocabulary: 1 GB, several
 times over), so losses and their gradients with respect to hidden states are made a few positions at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch._dynamo.exc import ShortenTraceback
 from torch.nn import functional
 
 from ..errors import BadInput, first_line
+from .students import stream_scale
 
 CHUNK, GPU_CHUNK = 256, 1024
 """Positions whose logits are held at a time: on a GPU more, as operations on few would wait to be started."""
@@ -21,11 +25,12 @@ CHUNK, GPU_CHUNK = 256, 1024
 
 @dataclass(frozen=True)
 class Objective:
-    """Weight of the divergence and its temperature; `ce` false leaves the divergence alone."""
+    """Weight of the divergence and its temperature, and of hidden states' distance; `ce` false leaves CE out."""
 
     beta: float = 1.0
     temperature: float = 1.0
     ce: bool = True
+    hidden: float = 0.0
 
     def terms(self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
         """Sums over N positions: what is minimized, CE, KL at the temperature: (3,)."""
@@ -107,8 +112,10 @@ class Distiller(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.student, self.terms = student, objective.terms
+        self.student, self.terms, self.distance = student, objective.terms, state_distance
         self.recorded = False
+        self.hidden = objective.hidden
+        self.scale = stream_scale(student, teacher) if objective.hidden else 1.0
         self.teacher = teacher.requires_grad_(requires_grad=False)
         # Where Accelerate finds which modules to shard one by one.
         self._no_split_modules: Any = sorted(
@@ -119,8 +126,8 @@ class Distiller(nn.Module):
         """Means over all predictions of windows (B, T): what is minimized, CE, KL: (3,). The first has a gradient."""
         labels_N = tokens_BT[:, 1:].flatten()
         with torch.no_grad():
-            teacher_ND = hidden_states(self.teacher, tokens_BT, cached=self.recorded)
-        student_ND = hidden_states(self.student, tokens_BT, cached=self.recorded)
+            teacher_ND, teacher_states = self._hidden_states(self.teacher, tokens_BT)
+        student_ND, student_states = self._hidden_states(self.student, tokens_BT)
         student, teacher = Head.of(self.student), Head.of(self.teacher)
         width = min(len(student.weight_VD), len(teacher.weight_VD))
 
@@ -130,7 +137,22 @@ class Distiller(nn.Module):
             return self.terms(student.logits(hidden_ND, weight_VD, width), target_NV, labels_N[part])
 
         sums: Any = _ChunkedTerms.apply(student_ND, student.weight_VD, terms_of)
-        return sums / len(labels_N)
+        terms = sums / len(labels_N)
+        if self.hidden:
+            far = self.hidden * self.distance(student_states, teacher_states, self.scale)
+            terms = terms + torch.stack((far, *torch.zeros_like(terms[1:])))
+        return terms
+
+    def _hidden_states(self, model: Any, tokens_BT: Tensor) -> tuple[Tensor, Sequence[Tensor]]:  # noqa: ANN401
+        """What the head reads at every position that has a next token (B * (T - 1), D), and what layers pass on.
+
+        The latter (B, T, D) is of all layers but the last, and only where it is compared. A cache, where passes are
+        recorded, changes no value: without one transformers looks whether several texts share a window, and a look at
+        values cannot be recorded.
+        """
+        found = model.base_model(input_ids=tokens_BT, use_cache=self.recorded, output_hidden_states=bool(self.hidden))
+        states = found.hidden_states[1:-1] if self.hidden else ()
+        return found.last_hidden_state[:, :-1].flatten(0, 1), states
 
     def fuse(self) -> None:
         """Compile what all layers have alike, norms and feed-forward networks, and the terms.
@@ -144,6 +166,7 @@ class Distiller(nn.Module):
                         # By shape, so that a run that goes on has the same sums, whichever shape comes first.
                         child.compile(dynamic=False)
         self.terms = torch.compile(self.terms, dynamic=False)
+        self.distance = torch.compile(self.distance, dynamic=False)
 
 
 def check_compiler(device: str) -> None:
@@ -155,10 +178,14 @@ def check_compiler(device: str) -> None:
         raise BadInput(f"--compile: torch cannot compile here ({first_line(cause)}); leave it out") from error
 
 
-def hidden_states(model: Any, tokens_BT: Tensor, *, cached: bool) -> Tensor:  # noqa: ANN401
-    """What the head reads at every position that has a next token: (B * (T - 1), D).
+def state_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], scale: float) -> Tensor:
+    """Mean over layers and tokens of |s - c t|^2 / |c t|^2 of hidden states s and t (B, T, D); c is their scale: ().
 
-    `cached` changes no value. Without a cache transformers looks whether several texts share a window, and a look at
-    values cannot be recorded.
+    By token, as the first one's states are hundreds of times larger than others and would be all that counts.
     """
-    return model.base_model(input_ids=tokens_BT, use_cache=cached).last_hidden_state[:, :-1].flatten(0, 1)
+    distances = []
+    for student_BTD, teacher_BTD in zip(student, teacher, strict=True):
+        target_BTD = scale * teacher_BTD.float()
+        far_BT = (student_BTD.float() - target_BTD).square().sum(-1)
+        distances.append((far_BT / target_BTD.square().sum(-1)).mean())
+    return torch.stack(distances).mean()

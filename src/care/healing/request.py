@@ -53,6 +53,8 @@ class HealingRequest:
             raise InvalidRecipe("--rate and --temperature must be positive")
         if self.objective.beta < 0 or (self.objective.beta == 0 and not self.objective.ce):
             raise InvalidRecipe("--beta must not be negative, nor 0 without cross-entropy")
+        if self.objective.hidden < 0:
+            raise InvalidRecipe("--hidden must not be negative")
         if min(self.batch, self.together, self.held_out, self.lora_rank) < 1 or self.length < 2:
             raise InvalidRecipe(
                 "--batch, --together, --held-out and --lora-rank must be at least 1, --length at least 2"

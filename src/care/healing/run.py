@@ -75,6 +75,10 @@ def heal(
     if request.cuda_graph and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
         raise BadInput("--cuda-graph needs one process with --device cuda; leave it out")
     pair = open_pair(request.model, request.teacher)
+    if request.objective.hidden and not pair.one_shape:
+        raise InvalidRecipe(
+            "--hidden compares layer by layer and needs a teacher of the model's own shape; leave it out"
+        )
     reader = SafetensorsReader(pair.student.directory)
     check_space(out_dir, reader.num_bytes())
     shards = sorted(set(pair.student.directory.glob("*.safetensors")))

@@ -65,6 +65,11 @@ def recompute_activations(model: Any) -> None:  # noqa: ANN401
     enable()
 
 
+def stream_scale(student: Any, teacher: Any) -> float:  # noqa: ANN401 - transformers models
+    """How many times larger the student's hidden states are: deepseek scales them (docs/formats.md)."""
+    return (student.config.rms_norm_eps / teacher.config.rms_norm_eps) ** 0.5
+
+
 def rates(model: Any) -> dict[str, float]:  # noqa: ANN401
     """What the rate of the run is multiplied by, for each trained parameter.
 
