@@ -151,7 +151,10 @@ def test_the_running_mean_has_no_start_bias() -> None:
         ({"tokens": 1, "precision": "float16"}, "float32, bfloat16"),
         ({"tokens": 1, "rate": 0.0}, "--rate and --temperature must be positive"),
         ({"tokens": 1, "objective": Objective(beta=0.0, ce=False)}, "nor 0 without cross-entropy"),
+        ({"tokens": 1, "objective": Objective(hidden=-1.0)}, "--hidden must not be negative"),
         ({"tokens": 1, "length": 1}, "--length at least 2"),
+        ({"tokens": 1, "cuda_graph": True, "batch": 5, "together": 2}, "--batch that --together divides"),
+        ({"tokens": 1, "cuda_graph": True, "recompute": True}, "goes without --recompute"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(wrong: dict[str, object], said: str) -> None:

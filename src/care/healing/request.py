@@ -59,8 +59,7 @@ class HealingRequest:
             raise InvalidRecipe(
                 "--batch, --together, --held-out and --lora-rank must be at least 1, --length at least 2"
             )
-
-        if self.cuda_graph and (self.batch % self.together or self.recompute):
+        if self.cuda_graph and (self.batch % min(self.together, self.batch) or self.recompute):
             raise InvalidRecipe("--cuda-graph needs a --batch that --together divides, and goes without --recompute")
 
     @property
