@@ -170,8 +170,10 @@ def test_flags_of_healing_are_in_its_command(tiny: TinyModels, tmp_path: Path) -
     config = json.loads((tmp_path / "healed" / "config.json").read_text())
     flags = ("recompute", "compile", "cuda_graph")
     for wanted in (False, True):
-        asked = report["request"] | dict.fromkeys(flags, wanted)
+        objective = report["request"]["objective"] | {"hidden": 0.5 * wanted}
+        asked = report["request"] | dict.fromkeys(flags, wanted) | {"objective": objective}
         card = model_card({}, config, {**report, "request": asked})
+        assert ("--hidden 0.5" in card) == wanted
         assert [f"--{flag.replace('_', '-')}" in card for flag in flags] == [wanted] * len(flags)
 
 

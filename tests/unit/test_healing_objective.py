@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from care.healing import objective
-from care.healing.objective import Distiller, Head, Objective
+from care.healing.objective import Distiller, Head, Objective, state_distance
 from tiny import Case, TinyModels, random_tokens
 from tolerances import assert_close
 
@@ -101,13 +101,13 @@ def test_a_vocabulary_that_the_teacher_pads() -> None:
     ],
     ids=str,
 )
-def test_what_is_recorded_gives_the_same(tiny: TinyModels, case: Case) -> None:
-    """Recorded passes go by an empty cache, beyond a sliding window too; values and gradients are those without."""
+def test_an_empty_cache_changes_nothing(tiny: TinyModels, case: Case) -> None:
+    """Passes that are recorded have one, beyond a sliding window too: values and gradients are those without."""
     student, teacher, tokens = tiny.model(case), tiny.source_model(case.source), random_tokens(24, batch=2)
-    distiller = Distiller(copy.deepcopy(student), copy.deepcopy(teacher), Objective(hidden=1.0))
     found = list[Tensor]()
-    for distiller.recorded in (False, True):
-        distiller.zero_grad()
+    for cached in (False, True):
+        models = copy.deepcopy(student), copy.deepcopy(teacher)
+        distiller = Distiller(*models, Objective(hidden=1.0), cached=cached)
         terms = distiller(tokens)
         terms[0].backward()
         found.append(
@@ -127,6 +127,7 @@ def test_what_is_fused(tiny: TinyModels) -> None:
             fused = {name for name, child in layer.named_children() if child._compiled_call_impl is not None}  # pyright: ignore[reportPrivateUsage]
             assert fused == {"mlp", "input_layernorm", "post_attention_layernorm"}
     assert distiller.terms != asked.terms
+    assert distiller.distance is not state_distance
 
 
 def test_the_teacher_is_frozen() -> None:

@@ -110,10 +110,10 @@ class _ChunkedTerms(torch.autograd.Function):
 class Distiller(nn.Module):
     """Student and teacher as one module, so that Accelerate wraps and shards both at once."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, objective: Objective) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, objective: Objective, *, cached: bool = False) -> None:
         super().__init__()
         self.student, self.terms, self.distance = student, objective.terms, state_distance
-        self.recorded = False
+        self.cached = cached
         self.hidden = objective.hidden
         self.scale = stream_scale(student, teacher) if objective.hidden else 1.0
         self.teacher = teacher.requires_grad_(requires_grad=False)
@@ -146,11 +146,11 @@ class Distiller(nn.Module):
     def _hidden_states(self, model: Any, tokens_BT: Tensor) -> tuple[Tensor, Sequence[Tensor]]:  # noqa: ANN401
         """What the head reads at every position that has a next token (B * (T - 1), D), and what layers pass on.
 
-        The latter (B, T, D) is of all layers but the last, and only where it is compared. A cache, where passes are
-        recorded, changes no value: without one transformers looks whether several texts share a window, and a look at
-        values cannot be recorded.
+        The latter (B, T, D) is of all layers but the last, and only where it is compared. An empty cache changes no
+        value: without one transformers looks whether several texts share a window, and a look at values cannot be
+        recorded.
         """
-        found = model.base_model(input_ids=tokens_BT, use_cache=self.recorded, output_hidden_states=bool(self.hidden))
+        found = model.base_model(input_ids=tokens_BT, use_cache=self.cached, output_hidden_states=bool(self.hidden))
         states = found.hidden_states[1:-1] if self.hidden else ()
         return found.last_hidden_state[:, :-1].flatten(0, 1), states
 

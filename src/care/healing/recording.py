@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from ..errors import BadInput, first_line
+
 WARM_UPS = 3
 """Passes before the recording, in which kernels are chosen and compiled: neither can happen while it runs."""
 
@@ -16,7 +18,8 @@ WARM_UPS = 3
 class RecordedPasses:
     """What `passes` does to windows (B, T) of one shape: it adds to gradients and returns a tensor, again and again.
 
-    Gradients keep their place in memory: zero them, do not drop them. What is returned is overwritten by the next call.
+    Gradients are zero when this is made. They keep their place in memory: zero them, do not drop them. What is returned
+    is overwritten by the next call. BadInput where passes look at values, as some rope scalings and experts do.
     """
 
     def __init__(self, passes: Callable[[Tensor], Tensor], like_BT: Tensor, parameters: Iterable[Tensor]) -> None:
@@ -31,8 +34,15 @@ class RecordedPasses:
             if parameter.grad is not None:
                 parameter.grad.zero_()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._found = passes(self._tokens_BT)
+        try:
+            with torch.cuda.graph(self._graph):
+                self._found = passes(self._tokens_BT)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise BadInput(
+                f"--cuda-graph: this model's passes cannot be recorded ({first_line(error)}); leave it out"
+            ) from error
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """Make the passes on other windows of the same shape."""

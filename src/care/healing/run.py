@@ -72,7 +72,8 @@ def heal(
         raise InvalidRecipe(f"--batch {request.batch} cannot be shared evenly by {accelerator.num_processes} processes")
     if request.compile:
         check_compiler(str(accelerator.device))
-    if request.cuda_graph and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+    alone = accelerator.num_processes == 1 and not accelerator.is_fsdp2
+    if request.cuda_graph and not (alone and accelerator.device.type == "cuda"):
         raise BadInput("--cuda-graph needs one process with --device cuda; leave it out")
     pair = open_pair(request.model, request.teacher)
     if request.objective.hidden and not pair.one_shape:
@@ -126,8 +127,7 @@ class _Job:
         student = self._student()
         if request.recompute:
             recompute_activations(student)
-        distiller = Distiller(student, teacher, request.objective)
-        distiller.recorded = request.cuda_graph
+        distiller = Distiller(student, teacher, request.objective, cached=request.cuda_graph)
         if request.compile:
             distiller.fuse()
         return Training(
@@ -156,15 +156,19 @@ class _Job:
         return load_file(path)
 
     def _windows(self, teacher: Any) -> Windows:  # noqa: ANN401
-        made = self._made("windows", lambda: self._cut(teacher))
-        train = tuple(made[f"train-{number}"].long() for number in range(len(made) - 1))
-        return Windows(train, made["held-out"].long())
+        made = {name: tensor.long() for name, tensor in self._made("windows", lambda: self._cut(teacher)).items()}
+        texts = self._texts()
+        return Windows(tuple(made[f"train-{texts.index(name)}"] for name in self._request.data), made["held-out"])
+
+    def _texts(self) -> list[str]:
+        """A text that is named twice has two turns, but is read and held out from once."""
+        return list(dict.fromkeys(self._request.data))
 
     def _cut(self, teacher: Any) -> dict[str, Tensor]:  # noqa: ANN401
         request, tokenizer = self._request, load_tokenizer(self._pair.teacher)
         texts = [
             self._written(teacher, tokenizer) if name == SELF else tokenize(tokenizer, load_text(name))
-            for name in request.data
+            for name in self._texts()
         ]
         windows = split_windows(texts, request.length, request.held_out)
         train = {f"train-{number}": windows_BT.int() for number, windows_BT in enumerate(windows.train)}
@@ -181,7 +185,8 @@ class _Job:
             deadline = time.monotonic() + 60 * WRITTEN_SHARE * request.minutes
         if request.tokens is not None:
             # What the refit reads is of this text too.
-            wanted = min(max(request.tokens // len(request.data), self._refit_tokens()), WRITTEN_TOKENS)
+            share = request.tokens * request.data.count(SELF) // len(request.data)
+            wanted = min(max(share, self._refit_tokens()), WRITTEN_TOKENS)
         # In fp32 on a CPU, where autocast would cast all weights for every token.
         with nullcontext() if teacher.device.type == "cpu" else self._accelerator.autocast():
             return write_text(

@@ -169,9 +169,9 @@ def _healing_command(asked: Mapping[str, Any]) -> str:
     objective = asked["objective"]
     options += [f"--beta {objective['beta']}", f"--temperature {objective['temperature']}"]
     options += [] if objective["ce"] else ["--kl-only"]
-    options += [f"--hidden {objective['hidden']}"] if objective.get("hidden") else []
+    options += [f"--hidden {objective['hidden']}"] if objective["hidden"] else []
     options += ["--together " + str(asked["together"])]
-    options += [f"--{name.replace('_', '-')}" for name in ("recompute", "compile", "cuda_graph") if asked.get(name)]
+    options += [f"--{name.replace('_', '-')}" for name in ("recompute", "compile", "cuda_graph") if asked[name]]
     parts += [" ".join(options[first : first + 4]) for first in range(0, len(options), 4)]
     return " \\\n    ".join(parts)
 
