@@ -36,6 +36,9 @@ REBUILD = Case(SOURCE, "palu", 0.5, "rebuild", "native")
 PER_LAYER = Case(SOURCE, "best", 0.5, "absorbed", "native")
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here: --compile is not tested")
+
+
 def request_for(tiny: TinyModels, case: Case = NATIVE, **options: Any) -> HealingRequest:
     """A run of a few steps; a random teacher knows nothing of texts, so that only the divergence can fall."""
     defaults = {"tokens": 1024, "length": 32, "batch": 4, "held_out": 3, "rate": 1e-2, "objective": Objective(ce=False)}
@@ -126,10 +129,9 @@ def test_what_saves_memory_changes_no_losses(tiny: TinyModels, tmp_path: Path, o
     assert_numbers(losses_of(other), losses_of(plain), "fp32 nats")
 
 
+@needs_compiler
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports
 def test_fused_operations_change_no_losses(tiny: TinyModels, tmp_path: Path) -> None:
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler here: --compile is not tested")
     asked = request_for(tiny, objective=Objective(ce=False, hidden=1.0))
     plain = heal(asked, tmp_path / "plain")
     torch._dynamo.reset()
@@ -287,11 +289,10 @@ def test_killed_it_goes_on_to_the_same_losses(tiny: TinyModels, tmp_path: Path, 
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@needs_compiler
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports
 def test_fused_it_goes_on_to_the_same_losses(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although what goes on sees shapes in another order than what it goes on from."""
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler here: --compile is not tested")
     asked = request_for(tiny, compile=True, checkpoint_minutes=0.0)
     torch._dynamo.reset()
     whole = heal(asked, tmp_path / "whole")

@@ -115,7 +115,6 @@ class Distiller(nn.Module):
         self.student, self.terms, self.distance = student, objective.terms, state_distance
         self.cached = cached
         self.hidden = objective.hidden
-        self.scale = stream_scale(student, teacher) if objective.hidden else 1.0
         self.teacher = teacher.requires_grad_(requires_grad=False)
         # Where Accelerate finds which modules to shard one by one.
         self._no_split_modules: Any = sorted(
@@ -139,8 +138,8 @@ class Distiller(nn.Module):
         sums: Any = _ChunkedTerms.apply(student_ND, student.weight_VD, terms_of)
         terms = sums / len(labels_N)
         if self.hidden:
-            far = self.hidden * self.distance(student_states, teacher_states, self.scale)
-            terms = terms + torch.stack((far, *torch.zeros_like(terms[1:])))
+            far = self.distance(student_states, teacher_states, stream_scale(self.student, self.teacher))
+            terms = torch.cat((terms[:1] + self.hidden * far, terms[1:]))
         return terms
 
     def _hidden_states(self, model: Any, tokens_BT: Tensor) -> tuple[Tensor, Sequence[Tensor]]:  # noqa: ANN401

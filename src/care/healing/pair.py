@@ -19,8 +19,11 @@ class Pair:
         return body_size(self.student) == body_size(self.teacher)
 
 
-def open_pair(model: str, teacher: str) -> Pair:
-    """Refuse a teacher with another tokenizer, or a smaller one, before any weights are read."""
+def open_pair(model: str, teacher: str, *, compared: bool) -> Pair:
+    """Refuse a teacher with another tokenizer, or a smaller one, before any weights are read.
+
+    Where hidden states are to be compared, any of another shape.
+    """
     pair = Pair(locate(model), locate(teacher))
     if pair.student.gguf_file is not None:
         raise BadInput(f"{model} is a GGUF file; heal the directory that care convert wrote")
@@ -32,6 +35,10 @@ def open_pair(model: str, teacher: str) -> Pair:
         raise InvalidRecipe(
             f"{teacher} ({theirs['layers']} layers of width {theirs['width']}) is smaller than {model} "
             f"({ours['layers']} of {ours['width']}); a teacher must be at least as large"
+        )
+    if compared and not pair.one_shape:
+        raise InvalidRecipe(
+            "--hidden compares layer by layer and needs a teacher of the model's own shape; leave it out"
         )
     return pair
 

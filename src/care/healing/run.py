@@ -61,25 +61,8 @@ def heal(
     What a killed run of the same request has trained is not trained again.
     """
     check_output_free(out_dir)
-    # Accelerate keeps its first choice for the life of the process; a second run may make another.
-    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
-    accelerator = Accelerator(
-        cpu=device == "cpu", mixed_precision="bf16" if request.precision == "bfloat16" else "no",
-        # Others wait while one refits, or has the teacher write.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )  # fmt: skip
-    if request.batch % accelerator.num_processes:
-        raise InvalidRecipe(f"--batch {request.batch} cannot be shared evenly by {accelerator.num_processes} processes")
-    if request.compile:
-        check_compiler(str(accelerator.device))
-    alone = accelerator.num_processes == 1 and not accelerator.is_fsdp2
-    if request.cuda_graph and not (alone and accelerator.device.type == "cuda"):
-        raise BadInput("--cuda-graph needs one process with --device cuda; leave it out")
-    pair = open_pair(request.model, request.teacher)
-    if request.objective.hidden and not pair.one_shape:
-        raise InvalidRecipe(
-            "--hidden compares layer by layer and needs a teacher of the model's own shape; leave it out"
-        )
+    accelerator = _launched(request, device)
+    pair = open_pair(request.model, request.teacher, compared=request.objective.hidden > 0)
     reader = SafetensorsReader(pair.student.directory)
     check_space(out_dir, reader.num_bytes())
     shards = sorted(set(pair.student.directory.glob("*.safetensors")))
@@ -97,6 +80,25 @@ def heal(
             _write(writer, shards, job.healed(trained), pair.student.directory, report)
     accelerator.wait_for_everyone()
     return report
+
+
+def _launched(request: HealingRequest, device: str) -> Accelerator:
+    """This process's part of the launch, which is one that the request can run on."""
+    # Accelerate keeps its first choice for the life of the process; a second run may make another.
+    AcceleratorState._reset_state()  # pyright: ignore[reportPrivateUsage]
+    accelerator = Accelerator(
+        cpu=device == "cpu", mixed_precision="bf16" if request.precision == "bfloat16" else "no",
+        # Others wait while one refits, or has the teacher write.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )  # fmt: skip
+    if request.batch % accelerator.num_processes:
+        raise InvalidRecipe(f"--batch {request.batch} cannot be shared evenly by {accelerator.num_processes} processes")
+    if request.compile:
+        check_compiler(str(accelerator.device))
+    alone = accelerator.num_processes == 1 and not accelerator.is_fsdp2
+    if request.cuda_graph and not (alone and accelerator.device.type == "cuda"):
+        raise BadInput("--cuda-graph needs one process with --device cuda; leave it out")
+    return accelerator
 
 
 def run_description(request: HealingRequest) -> dict[str, Any]:
