@@ -289,13 +289,8 @@ def test_killed_it_goes_on_to_the_same_losses(tiny: TinyModels, tmp_path: Path, 
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
-@needs_compiler
-@pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports
-def test_fused_it_goes_on_to_the_same_losses(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although what goes on sees shapes in another order than what it goes on from."""
-    asked = request_for(tiny, compile=True, checkpoint_minutes=0.0)
-    torch._dynamo.reset()
-    whole = heal(asked, tmp_path / "whole")
+def stopped_and_gone_on(asked: HealingRequest, out: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> list[float]:
+    """Losses of a run that is interrupted in its fourth step and made again from a checkpoint after the third."""
     real = Training._write  # pyright: ignore[reportPrivateUsage]
 
     def write(self: Training, step: int, *rest: Any) -> None:
@@ -305,10 +300,32 @@ def test_fused_it_goes_on_to_the_same_losses(tiny: TinyModels, tmp_path: Path, m
 
     monkeypatch.setattr(Training, "_write", write)
     with pytest.raises(Interrupted):
-        heal(asked, tmp_path / "out")
+        heal(asked, out, device=device)
     monkeypatch.undo()
     torch._dynamo.reset()
-    assert losses_of(heal(asked, tmp_path / "out")) == losses_of(whole)
+    return losses_of(heal(asked, out, device=device))
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own imports
+def test_fused_it_goes_on_to_the_same_losses(tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although what goes on sees shapes in another order than what it goes on from."""
+    asked = request_for(tiny, compile=True, checkpoint_minutes=0.0)
+    torch._dynamo.reset()
+    whole = heal(asked, tmp_path / "whole")
+    assert stopped_and_gone_on(asked, tmp_path / "out", monkeypatch, "cpu") == losses_of(whole)
+
+
+def test_recorded_it_goes_on_to_the_same_losses(
+    tiny: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although rates are tensors, which a checkpoint holds too, and moments are put where the update finds them."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here: --cuda-graph is not tested")
+    asked = request_for(tiny, cuda_graph=True, checkpoint_minutes=0.0)
+    whole = heal(asked, tmp_path / "whole", device="cuda")
+    again = stopped_and_gone_on(asked, tmp_path / "out", monkeypatch, "cuda")
+    assert_numbers(again, losses_of(whole), "fp32 nats")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

@@ -27,7 +27,7 @@ from ..errors import Diverged
 from ..output import writing
 from .data import Windows
 from .journal import HeldOut, Journal, Step
-from .recording import RecordedPasses
+from .recording import RecordedPasses, RecordedUpdate
 from .request import HealingRequest
 
 WARMUP_STEPS = 10
@@ -67,10 +67,16 @@ class Training:
         groups = [{"params": [p], "scale": rates[name.removeprefix(STUDENT)]} for name, p in named.items()]
         # Every parameter is a group of its own, so what is fused is fused within one parameter.
         fused = accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, lr=request.rate, betas=BETAS, weight_decay=0.0, fused=fused)
+        optimizer = torch.optim.AdamW(
+            groups, lr=request.rate, betas=BETAS, weight_decay=0.0, fused=fused, capturable=request.cuda_graph
+        )
         self._model, self._optimizer = accelerator.prepare(distiller, optimizer)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._scales_G = torch.tensor([group["scale"] for group in groups], device=accelerator.device)
+        self._rates_G = torch.zeros_like(self._scales_G)
         self._recorded: RecordedPasses | None = None
+        self._update = RecordedUpdate(self._optimizer.optimizer) if request.cuda_graph else self._optimizer.step
+        self._set_rates(request.rate)
         self._journal = Journal(work / "journal.jsonl") if accelerator.is_main_process else None
 
     @property
@@ -139,13 +145,23 @@ class Training:
                 terms += self._passes(part_BT, share) * share
         norm = accelerator.clip_grad_norm_(self._parameters, LARGEST_GRADIENT)
         terms = torch.as_tensor(accelerator.reduce(terms, "mean"))
-        found = torch.cat((terms, _whole(norm).reshape(1).to(terms)))
+        # Read once: every look at a value waits for a GPU.
+        found = torch.cat((terms, _whole(norm).reshape(1).to(terms))).cpu()
         self._check_finite(step, found)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        self._optimizer.step()
+        self._set_rates(rate)
+        self._update()
         self._optimizer.zero_grad(set_to_none=not request.cuda_graph)
         return found, rate
+
+    def _set_rates(self, rate: float) -> None:
+        """Each group's rate: a number, or where the update is recorded its place in a tensor that is written anew."""
+        if not self._request.cuda_graph:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            return
+        torch.mul(self._scales_G, rate, out=self._rates_G)
+        for group, place in zip(self._optimizer.param_groups, self._rates_G, strict=True):
+            group["lr"] = place
 
     def _passes(self, part_BT: Tensor, share: float) -> Tensor:
         """Forward and backward on a part of a step's windows: loss, CE, KL; recorded at the first if so asked."""
