@@ -290,7 +290,7 @@ def test_killed_it_goes_on_to_the_same_losses(tiny: TinyModels, tmp_path: Path, 
 
 
 def stopped_and_gone_on(asked: HealingRequest, out: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> list[float]:
-    """Losses of a run that is interrupted in its fourth step and made again from a checkpoint after the third."""
+    """Losses of a run that is interrupted in its fifth step and goes on from a checkpoint after the fourth."""
     real = Training._write  # pyright: ignore[reportPrivateUsage]
 
     def write(self: Training, step: int, *rest: Any) -> None:
